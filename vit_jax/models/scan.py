@@ -1,0 +1,52 @@
+"""Two layouts of the same parameters: one subtree per block, or blocks stacked for `scan_layers`.
+
+Unstacked, `Transformer` holds `encoderblock_0`, `encoderblock_1`, ...; stacked, one `encoderblock`
+whose leaves have a leading layer axis. Checkpoints always hold the unstacked layout. Both
+functions take any tree that contains parameter trees, an optimizer state for example.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = "encoderblock"
+
+
+def unstack_blocks(tree: Any) -> Any:
+    """Replaces every stacked `encoderblock` by `encoderblock_{i}`; leaves other trees alone."""
+
+    def unstack(node):
+        blocks = node[_BLOCK]
+        leaves = jax.tree.leaves(blocks)
+        count = leaves[0].shape[0] if leaves else 0
+        rest = {k: v for k, v in node.items() if k != _BLOCK}
+        return rest | {
+            f"{_BLOCK}_{i}": jax.tree.map(lambda x: x[i], blocks) for i in range(count)  # noqa: B023
+        }
+
+    return _map_dicts(unstack, tree, lambda node: _BLOCK in node)
+
+
+def stack_blocks(tree: Any) -> Any:
+    """The inverse of `unstack_blocks`."""
+
+    def stack(node):
+        names = sorted((k for k in node if re.fullmatch(rf"{_BLOCK}_\d+", k)),
+                       key=lambda k: int(k.rsplit("_", 1)[1]))
+        rest = {k: v for k, v in node.items() if k not in names}
+        return rest | {
+            _BLOCK: jax.tree.map(lambda *xs: jnp.stack(xs), *(node[k] for k in names))
+        }
+
+    return _map_dicts(stack, tree, lambda node: f"{_BLOCK}_0" in node)
+
+
+def _map_dicts(function, tree, matches):
+    """Applies `function` to the dictionaries that match, inside any pytree."""
+
+    def is_match(node):
+        return isinstance(node, dict) and matches(node)
+
+    return jax.tree.map(lambda n: function(n) if is_match(n) else n, tree, is_leaf=is_match)
