@@ -77,11 +77,15 @@ class MultiHeadDotProductAttention(nn.Module):
 
     def _relative_logits(self, query, length, head_dim):
         """Logits [B, H, N, N] of the queries against one learned vector per offset p_q - p_k."""
-        table = self.param(
-            "relative_embedding",
-            nn.initializers.normal(0.02),
-            (2 * length - 1, self.num_heads, head_dim),
-        )
+        name, shape = "relative_embedding", (2 * length - 1, self.num_heads, head_dim)
+        if self.has_variable("params", name):
+            have = jnp.shape(self.get_variable("params", name))
+            if have != shape:
+                raise ValueError(
+                    f"{name} of these parameters has shape {list(have)}, but {length} tokens need "
+                    f"{list(shape)}: they were made for another image size. Use that size."
+                )
+        table = self.param(name, nn.initializers.normal(0.02), shape)
         by_offset = einsum_float32("bqhd,rhd->bhqr", query, table.astype(self.dtype))
         positions = jnp.arange(length)
         offsets = positions[:, None] - positions[None, :] + length - 1  # [N, N], all >= 0

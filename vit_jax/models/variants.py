@@ -73,7 +73,7 @@ def _build_table():
 
 VARIANTS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = _build_table()
 
-_CHOICES = {
+CHOICES = {
     "classifier": CLASSIFIERS,
     "position_embedding": POSITION_EMBEDDINGS,
     "remat": ("none", *REMAT_POLICIES),
@@ -104,8 +104,9 @@ def canonical_name(name: str) -> str:
         candidate = candidate.replace("ViT-", "").replace("_", "/")
     if candidate in VARIANTS:
         return candidate
+    same_letters = [v for v in VARIANTS if v.lower() == candidate.lower()]  # 'b/16' is not S/16
     raise ValueError(
-        f"Unknown model variant {name!r}{did_you_mean(candidate, VARIANTS)} "
+        f"Unknown model variant {name!r}{did_you_mean(candidate, same_letters or VARIANTS)} "
         f"The variants are: {', '.join(VARIANTS)}."
     )
 
@@ -134,12 +135,26 @@ def create_model(name: str, *, num_classes: int, **overrides) -> nn.Module:
             )
         if key == "remat" and isinstance(value, bool):
             overrides[key] = value = "full" if value else "none"
-        if key in _CHOICES and value not in _CHOICES[key]:
+        if key in CHOICES and value not in CHOICES[key]:
             raise ValueError(
-                f"{key}={value!r} is not one of {', '.join(map(repr, _CHOICES[key]))}"
-                f"{did_you_mean(str(value), _CHOICES[key])}"
+                f"{key}={value!r} is not one of {', '.join(map(repr, CHOICES[key]))}"
+                f"{did_you_mean(str(value), CHOICES[key])}"
             )
     if "dtype" in overrides:
-        overrides["dtype"] = jnp.dtype(overrides["dtype"])
+        overrides["dtype"] = _float_type(overrides["dtype"])
     return module(num_classes=num_classes, **(fields | overrides))
 
+
+
+def _float_type(value):
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        types = ("float32", "bfloat16", "float16")
+        raise ValueError(
+            f"dtype={value!r} is not one of {', '.join(map(repr, types))}"
+            f"{did_you_mean(str(value), types)}"
+        )
+    return dtype

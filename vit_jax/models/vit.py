@@ -388,6 +388,6 @@ def check_image_size(size: tuple[int, int], multiple: int) -> None:
     if any(side % multiple or side == 0 for side in size):
         near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
         raise ValueError(
-            f"image size {size[0]}x{size[1]} is not divisible into patches of {multiple}x{multiple} "
-            f"pixels; the nearest size that is: {near}."
+            f"image size {size[0]}x{size[1]} is not divisible into patches of "
+            f"{multiple}x{multiple} pixels; the nearest size that is: {near}."
         )

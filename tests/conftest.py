@@ -1,0 +1,33 @@
+"""Eight simulated CPU devices for every test, and what several test modules share."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# Most of a test's time is compilation, and many tests (and the commands they start) compile the
+# same programs: one cache for the session. It starts empty, so nothing is left from earlier runs.
+_cache = tempfile.mkdtemp(prefix="vit_jax_tests_")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# Programs this small run no slower without LLVM's optimizations and compile four times faster.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside this file
+
+from tiny import make_tiny_config  # noqa: E402
+
+
+@pytest.fixture
+def tiny_config():
+    """A config to change and run; see tiny.py."""
+    return make_tiny_config()

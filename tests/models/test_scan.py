@@ -1,0 +1,97 @@
+"""Loop, scan and rematerialisation: the same function, and one layout turned into the other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxprs import equations, named
+from tiny_models import abstract_params, pixels, quick_jit, random_params, tiny
+
+from vit_jax.models.scan import stack_blocks, unstack_blocks
+
+pytestmark = pytest.mark.core
+
+
+def loss_and_gradients(model, params, images):
+    def loss(params):
+        logits = model.apply({"params": params}, images, train=False)
+        return (logits**2).mean(), logits
+
+    (_, logits), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return logits, gradients
+
+
+@pytest.fixture(scope="module")
+def loop():
+    images = pixels()
+    params = random_params(tiny(), 8, 8)
+    return images, params, *loss_and_gradients(tiny(), params, images)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "names"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_layouts_and_remat_compute_the_same(scan_layers, remat, loop):
+    images, params, logits, gradients = loop
+    model = tiny(scan_layers=scan_layers, remat=remat)
+    given = stack_blocks(params) if scan_layers else params
+    got_logits, got_gradients = loss_and_gradients(model, given, images)
+    if scan_layers:
+        got_gradients = unstack_blocks(got_gradients)
+    np.testing.assert_allclose(got_logits, logits, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        got_gradients, gradients,
+    )  # fmt: skip
+
+
+def test_remat_recomputes_what_it_says():
+    """Matrix products of the gradient: the attention's are what 'dots' saves no room for."""
+    images = pixels()
+
+    def products(remat):
+        model = tiny(remat=remat)
+        params = abstract_params(model, 8, 8)
+        gradient = jax.grad(lambda p: model.apply({"params": p}, images, train=False).sum())
+        return len(named(equations(gradient, params), "dot_general"))
+
+    none, full, dots, names = (products(remat) for remat in ("none", "full", "dots", "names"))
+    print(none, full, dots, names)
+    assert none < dots < names < full
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.adamw(1e-3)], ids=["params", "adamw"])
+def test_stacking_round_trip_is_exact(optimizer):
+    """Of parameters, and of an optimizer state that holds trees like them."""
+    model = tiny(num_layers=11)  # encoderblock_10 must come after encoderblock_2
+    tree = abstract_params(model, 8, 8)
+    if optimizer:
+        tree = jax.eval_shape(optimizer.init, tree)
+    generator = np.random.default_rng(0)
+    tree = jax.tree.map(lambda leaf: generator.standard_normal(leaf.shape, np.float32), tree)
+    stacked = stack_blocks(tree)
+    assert any(leaf.shape[:1] == (11,) for leaf in jax.tree.leaves(stacked))
+    back = unstack_blocks(stacked)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+def test_stacked_trees_are_those_of_a_scanned_model():
+    """Also in an optimizer state, whose counter has no layers."""
+    adamw = optax.adamw(1e-3)
+    for make in (lambda params: params, lambda params: jax.eval_shape(adamw.init, params)):
+        loop, scan = (make(abstract_params(tiny(scan_layers=s), 8, 8)) for s in (False, True))
+        stacked, unstacked = (
+            jax.eval_shape(stack_blocks, loop),
+            jax.eval_shape(unstack_blocks, scan),
+        )
+        assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, scan)
+        assert jax.tree.map(jnp.shape, unstacked) == jax.tree.map(jnp.shape, loop)
+
+
+def test_trees_without_blocks_are_left_alone():
+    tree = {"block1": {"unit1": np.ones(2)}, "head": np.zeros(3)}
+    for function in (stack_blocks, unstack_blocks):
+        assert jax.tree.structure(function(tree)) == jax.tree.structure(tree)

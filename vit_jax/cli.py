@@ -1,0 +1,141 @@
+"""What all commands share: reading a config file and its overrides, and how a command ends.
+
+absl's flags are not used: with them an unknown key or a missing file is a traceback, `--config.x`
+must follow `--config`, `1e3` is no integer, and `--help` exits with 1.
+"""
+
+import argparse
+import difflib
+import os
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_collections
+
+from vit_jax.config import parse_value, set_value
+from vit_jax.errors import UserError
+
+EXIT_SAVED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; run the same command again
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has saved."""
+
+    def __init__(self, number: signal.Signals, step: int):
+        super().__init__(
+            f"Stopped by {number.name} after step {step}, which is saved; "
+            "the same command continues."
+        )
+        self.exit_code = EXIT_SAVED if number == signal.SIGTERM else 128 + number
+
+
+def run_command(command: Callable[[list[str]], None]) -> None:
+    """Runs `command(arguments)` and exits: 0 only on success, mistakes as a sentence on stderr."""
+    try:
+        command(sys.argv[1:])
+    except UserError as error:
+        _fail(f"error: {error}", 1)
+    except Stopped as stop:
+        _fail(str(stop), stop.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 128 + signal.SIGINT)
+    sys.stdout.flush()
+
+
+def _fail(message, code):
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with unabbreviated flags, and errors that are one sentence."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Parses all arguments; an unknown one is an error that names the nearest flag."""
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(name, [*flags, "--config.KEY"], n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unknown argument {unknown[0]!r}{hint}")
+        return known
+
+
+def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Takes `--config.key=value` and `--config.key value` out of the arguments, wherever they are.
+
+    A bare `--config.flag` that no value follows means true.
+    """
+    overrides, rest = {}, []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            has_value = position < len(arguments) and not arguments[position].startswith("--")
+            value = arguments[position] if has_value else "true"
+            position += has_value
+        overrides[key] = value
+    return overrides, rest
+
+
+def load_config(argument: str) -> ml_collections.ConfigDict:
+    """Runs `get_config` of `FILE.py` or `FILE.py:ARGS`; ARGS is passed as one string.
+
+    Raises:
+      UserError: no such file, no get_config, or the file's own error with its line.
+    """
+    # The first '.py:' separates, so that arguments and Windows drives may hold colons.
+    path, separator, config_argument = argument.partition(".py:")
+    file = Path(path + ".py" if separator else path)
+    if not file.is_file():
+        raise UserError(f"There is no config file {str(file)!r}{_nearest_file(file)}")
+    try:
+        module = runpy.run_path(str(file))
+        if "get_config" not in module:
+            raise UserError(f"{file} defines no get_config() that returns a config.")
+        arguments = (config_argument,) if separator else ()
+        config = module["get_config"](*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code: any error of it is a mistake in that file
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        line = f", line {frames[-1].lineno}" if frames else ""
+        what = str(error).splitlines()[0] if str(error) else ""
+        raise UserError(f"{file}{line}: {type(error).__name__}: {what}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{file}: get_config() returned {type(config).__name__}, not a ConfigDict.")
+    return config
+
+
+def _nearest_file(file: Path) -> str:
+    folder = file.parent if file.parent.is_dir() else Path("configs")
+    if not folder.is_dir():
+        return f"; the working directory is {os.getcwd()}."
+    known = [str(path) for path in sorted(folder.glob("*.py"))]
+    close = difflib.get_close_matches(str(file), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; {folder}/ holds {', '.join(known)}."
+
+
+def apply_overrides(config: ml_collections.ConfigDict, overrides: dict[str, str]) -> None:
+    """Sets the command line's values, read as each key's own type."""
+    for path, text in overrides.items():
+        set_value(config, path, parse_value(path, text))

@@ -1,0 +1,390 @@
+"""Every key a run can have: default, type, choices and one line of meaning.
+
+A recipe (`configs/*.py`) calls `base_config()`, changes values and returns it; `main` adds the
+command line's `--config.key=value` and hands the result to `validate`. A key that is not listed in
+FIELDS does not exist, and every key listed is read somewhere.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from vit_jax.errors import UserError, did_you_mean
+from vit_jax.models.variants import CHOICES as MODEL_CHOICES
+from vit_jax.models.variants import canonical_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One key. `type` is int, float, bool, str or tuple; `optional` admits None; numbers lie in
+    [minimum, maximum]; `length` counts a tuple's entries (all of one type, `item`)."""
+
+    default: Any
+    type: type
+    help: str
+    optional: bool = False
+    choices: tuple = ()
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    item: type | None = None
+    length: int | None = None
+
+
+def _model(type_, help_, **kwargs):
+    """A model override: None keeps the variant's value."""
+    return Field(None, type_, help_, optional=True, **kwargs)
+
+
+FIELDS: dict[str, Field] = {
+    "seed": Field(0, int, "of everything random: initialisation, data order, augmentation, dropout",
+                  minimum=0),
+    "total_steps": Field(None, int, "optimizer updates; give this or epochs", optional=True,
+                         minimum=1),
+    "epochs": Field(None, float, "passes over the training data; give this or total_steps",
+                    optional=True, minimum=0),
+    "batch_size": Field(512, int, "images per update, over all devices and processes", minimum=1),
+    "eval_batch_size": Field(None, int, "images per evaluation step; None: batch_size",
+                             optional=True, minimum=1),
+    "accumulation_steps": Field(1, int, "parts a batch is computed in, one after another",
+                                minimum=1),
+    "log_every": Field(50, int, "steps between progress lines and entries of metrics.jsonl",
+                       minimum=1),
+    "eval_every": Field(1000, int, "steps between evaluations; 0: only at the end", minimum=0),
+    "checkpoint_every": Field(1000, int, "steps between checkpoints; 0: only the best and the last",
+                              minimum=0),
+    "dtype": Field("float32", str, "of the computation; parameters are always float32",
+                   choices=("float32", "bfloat16")),
+    "parallelism": Field("jit", str, "'jit' over the mesh, or 'pmap' (data parallel only)",
+                         choices=("jit", "pmap")),
+    "mesh.data": Field(-1, int, "devices that split the batch; -1: all that are left", minimum=-1),
+    "mesh.fsdp": Field(1, int, "devices that split batch, parameters and optimizer state",
+                       minimum=1),
+    "mesh.tensor": Field(1, int, "devices that split heads and MLP hidden layers", minimum=1),
+    #
+    "model.variant": Field("S/16", str, "a name such as B/16, R50+B/16 or R50x1"),
+    "model.patch_size": _model(int, "pixels per side of a patch", minimum=1),
+    "model.hidden_size": _model(int, "width of the tokens", minimum=1),
+    "model.mlp_dim": _model(int, "hidden width of the MLP", minimum=1),
+    "model.num_heads": _model(int, "attention heads", minimum=1),
+    "model.num_layers": _model(int, "Transformer blocks", minimum=1),
+    "model.classifier": _model(str, "what the head reads: the class token, or the patches' mean",
+                               choices=("token", "gap")),
+    "model.representation_size": _model(int, "width of a tanh layer before the head", minimum=1),
+    "model.head_bias_init": _model(float, "initial bias of the head"),
+    "model.position_embedding": _model(str, "kind of position embedding",
+                                       choices=MODEL_CHOICES["position_embedding"]),
+    "model.dropout_rate": _model(float, "dropout after every dense layer but q, k, v",
+                                 minimum=0, maximum=0.99),
+    "model.attention_dropout_rate": _model(float, "dropout of attention weights",
+                                           minimum=0, maximum=0.99),
+    "model.stochastic_depth_rate": _model(float, "probability to skip a branch of the last block",
+                                          minimum=0, maximum=0.99),
+    "model.scan_layers": _model(bool, "compile one block and loop over it"),
+    "model.remat": _model(str, "what the backward pass recomputes to save memory",
+                          choices=MODEL_CHOICES["remat"]),
+    "model.attention_implementation": _model(
+        str, "attention kernel", choices=MODEL_CHOICES["attention_implementation"]),
+    "model.activation": _model(str, "Google's tanh GELU, or the exact one",
+                               choices=MODEL_CHOICES["activation"]),
+    "model.layer_scale": _model(float, "initial gamma of LayerScale"),
+    "model.register_tokens": _model(int, "number of register tokens", minimum=0),
+    #
+    "data.source": Field("digits", str, "tfds:NAME, folder:PATH, digits or synthetic"),
+    "data.dir": Field(None, str, "where TFDS data sets are; None: $TFDS_DATA_DIR or "
+                      "~/tensorflow_datasets", optional=True),
+    "data.train_split": Field(None, str, "None: the source's own", optional=True),
+    "data.eval_split": Field(None, str, "None: the source's own", optional=True),
+    "data.image_size": Field(224, int, "pixels per side of the model's input, or (height, width)",
+                             minimum=1, item=int, length=2),
+    "data.workers": Field(None, int, "threads that decode ahead; 0: none; None: one per core",
+                          optional=True, minimum=0),
+    "data.train_crop": Field("inception", str, "'inception' (random area and aspect), 'pad' (pad "
+                             "and crop, for small images) or 'none' (squash)",
+                             choices=("inception", "pad", "none")),
+    "data.crop_area": Field((0.05, 1.0), tuple, "range of an inception crop's share of the image",
+                            minimum=1e-6, maximum=1, item=float, length=2),
+    "data.crop_aspect": Field((0.75, 4 / 3), tuple, "range of its width / height",
+                              minimum=1e-6, item=float, length=2),
+    "data.crop_padding": Field(4, int, "pixels of zeros on each side for train_crop='pad'",
+                               minimum=0),
+    "data.flip": Field(True, bool, "mirror half of the training images left to right"),
+    "data.eval_crop": Field("squash", str, "'squash' (the whole image, Google's code) or "
+                            "'center_crop' (resize the short side, crop)",
+                            choices=("squash", "center_crop")),
+    "data.eval_resize": Field(None, int, "short side before center_crop; None: 8/7 of image_size",
+                              optional=True, minimum=1),
+    "data.antialias": Field(False, bool, "low-pass filter when shrinking; False as Google's code"),
+    "data.on_bad_image": Field("error", str, "what an undecodable image does",
+                               choices=("error", "skip")),
+    "data.max_pixels": Field(100_000_000, int, "largest image that is decoded, in pixels",
+                             minimum=1),
+    #
+    "loss.name": Field("softmax", str, "cross-entropy over classes, or of every class for itself",
+                       choices=("softmax", "sigmoid")),
+    "loss.label_smoothing": Field(0.0, float, "probability spread evenly over all classes",
+                                  minimum=0, maximum=0.99),
+    #
+    "optimizer.name": Field("adamw", str, "", choices=("adamw", "adam", "sgd")),
+    "optimizer.learning_rate": Field(1e-3, float, "peak of the schedule", minimum=0),
+    "optimizer.weight_decay": Field(0.0, float, "decoupled, times the learning rate, kernels only",
+                                    minimum=0),
+    "optimizer.momentum": Field(0.9, float, "of sgd", minimum=0, maximum=1),
+    "optimizer.beta1": Field(0.9, float, "of adam and adamw", minimum=0, maximum=1),
+    "optimizer.beta2": Field(0.999, float, "of adam and adamw", minimum=0, maximum=1),
+    "optimizer.epsilon": Field(1e-8, float, "of adam and adamw", minimum=0),
+    "optimizer.momentum_dtype": Field("float32", str, "of the stored first moment",
+                                      choices=("float32", "bfloat16")),
+    "optimizer.clip_norm": Field(None, float, "largest global gradient norm", optional=True,
+                                 minimum=0),
+    "optimizer.frozen": Field((), tuple, "regular expressions: parameters whose path matches one "
+                              "stay as they are", item=str),
+    #
+    "schedule.name": Field("cosine", str, "decay after the warmup",
+                           choices=("cosine", "linear", "rsqrt", "constant")),
+    "schedule.warmup_steps": Field(0, int, "updates of linear growth from 0", minimum=0),
+    "schedule.end_value": Field(0.0, float, "learning rate that cosine and linear end at",
+                                minimum=0),
+    "schedule.timescale": Field(10_000, int, "of rsqrt: rate / sqrt(1 + steps / timescale)",
+                                minimum=1),
+}
+
+# What a run may be resumed with although its workdir was started otherwise: nothing here changes
+# the stream of batches or the updates, save for rounding (and total_steps, which is announced).
+RESUMABLE = (
+    "data.workers", "data.dir", "mesh.data", "mesh.fsdp", "mesh.tensor", "parallelism",
+    "log_every", "eval_every", "checkpoint_every", "eval_batch_size", "total_steps", "epochs",
+)  # fmt: skip
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """All keys at their defaults. Recipes assign freely; `validate` judges and locks the result."""
+    config = ml_collections.ConfigDict(type_safe=False)
+    for path, field in FIELDS.items():
+        *sections, key = path.split(".")
+        node = config
+        for section in sections:
+            if section not in node:
+                node[section] = ml_collections.ConfigDict(type_safe=False)
+            node = node[section]
+        node[key] = field.default
+    return config
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'model.variant': 'S/16', ...}, in the order of the config."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ml_collections.ConfigDict)):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Nested dictionaries, as `config.json` stores them."""
+    return {
+        key: to_json(value) if isinstance(value, ml_collections.ConfigDict) else value
+        for key, value in config.items()
+    }
+
+
+def from_json(values: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The inverse of `to_json`. Keys that this version added get their defaults.
+
+    Raises:
+      UserError: an unknown key or a wrong value.
+    """
+    config = base_config()
+    for path, value in flatten(values).items():
+        set_value(config, path, value)
+    return config
+
+
+def set_value(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
+    """Sets one key by its dotted path, checked and converted.
+
+    Raises:
+      UserError: unknown key, or a value of the wrong type or range.
+    """
+    value = check_value(path, value)
+    *sections, key = path.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    node[key] = value
+
+
+def parse_value(path: str, text: str) -> Any:
+    """Reads a command line's text as the type of key `path`; `1e3` is an integer, `none` is None.
+
+    Raises:
+      UserError: unknown key, or text that is no such value.
+    """
+    field = _field(path)
+    if field.optional and text.strip().lower() == "none":
+        return None
+    if field.type is tuple or (field.length and "," in text):
+        parts = [part.strip() for part in text.strip("()[] ").split(",")]
+        return check_value(
+            path, tuple(_parse_scalar(path, field.item, part) for part in parts if part))
+    return check_value(path, _parse_scalar(path, field.type, text))
+
+
+def _parse_scalar(path, type_, text):
+    try:
+        if type_ is bool:
+            return {"true": True, "1": True, "yes": True,
+                    "false": False, "0": False, "no": False}[text.strip().lower()]
+        if type_ is int:
+            try:
+                return int(text)
+            except ValueError:
+                number = float(text)
+                if number != int(number):
+                    raise
+                return int(number)
+        return type_(text)
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(
+            f"config.{path}={text!r} is not {_type_name(_field(path))}."
+        ) from None
+
+
+def check_value(path: str, value: Any) -> Any:
+    """Returns `value` in the key's own type (1 becomes 1.0 for a float).
+
+    Raises:
+      UserError: unknown key; wrong type, choice, range or length.
+    """
+    field = _field(path)
+    if value is None and field.optional:
+        return None
+    many = isinstance(value, (tuple, list)) and (field.type is tuple or field.length)
+    if many:
+        value = tuple(_convert(path, field, field.item, item) for item in value)
+        if field.length and len(value) != field.length:
+            raise UserError(f"config.{path}={value!r} must have {field.length} entries.")
+    elif field.type is tuple:
+        raise UserError(f"config.{path}={value!r} is not {_type_name(field)}.")
+    else:
+        value = _convert(path, field, field.type, value)
+    for item in value if many else (value,):
+        if field.choices and item not in field.choices:
+            raise UserError(
+                f"config.{path}={item!r} is not one of "
+                f"{', '.join(map(repr, field.choices))}{did_you_mean(str(item), field.choices)}"
+            )
+        if isinstance(item, (int, float)) and not field.minimum <= item <= field.maximum:
+            limits = [f"at least {field.minimum:g}"] if field.minimum > -math.inf else []
+            limits += [f"at most {field.maximum:g}"] if field.maximum < math.inf else []
+            raise UserError(f"config.{path}={item} must be {' and '.join(limits)}.")
+    return value
+
+
+def _convert(path, field, type_, value):
+    if type_ is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type_ is int and isinstance(value, float) and value == int(value):
+        return int(value)
+    if isinstance(value, type_) and (type_ is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"config.{path}={value!r} is not {_type_name(field)}.")
+
+
+def _type_name(field: Field) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text",
+             tuple: "a list"}
+    name = names[field.type]
+    if field.type is tuple:
+        name += f" of {field.length} values" if field.length else " of values"
+    elif field.length:
+        name += f" or {field.length} of them"
+    return name + (" or none" if field.optional else "")
+
+
+def _field(path: str) -> Field:
+    if path in FIELDS:
+        return FIELDS[path]
+    inside = [key for key in FIELDS if key.startswith(path + ".")]
+    if inside:
+        raise UserError(f"config.{path} is a section; set one of its keys: {', '.join(inside)}.")
+    # The nearest name: of the whole path first, else of its last part (`batchsize` in the wrong
+    # section).
+    by_last_part = {key.rsplit(".", 1)[-1]: key for key in FIELDS}
+    hint = did_you_mean(path, FIELDS)
+    last = path.rsplit(".", 1)[-1]
+    if last in by_last_part:
+        hint = f"; did you mean {by_last_part[last]!r}?"
+    raise UserError(f"Unknown config key {path!r}{hint}")
+
+
+def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Checks a finished config: every key known and of its type, and the keys fit each other.
+
+    Returns:
+      A locked config with every value in its field's own type.
+
+    Raises:
+      UserError: naming the key.
+    """
+    config = from_json(config)
+    try:
+        canonical_name(config.model.variant)
+    except ValueError as error:
+        raise UserError(f"config.model.variant: {error}") from None
+    if (config.total_steps is None) == (config.epochs is None):
+        given = "both are" if config.epochs is not None else "neither is"
+        raise UserError(f"Give one of config.total_steps and config.epochs; {given} set.")
+    if config.batch_size % config.accumulation_steps:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is not divisible by "
+            f"config.accumulation_steps={config.accumulation_steps}."
+        )
+    if config.mesh.data == 0:
+        raise UserError("config.mesh.data=0 must be -1 (all devices that are left) or at least 1.")
+    for key in ("crop_area", "crop_aspect"):
+        low, high = config.data[key]
+        if low > high:
+            raise UserError(f"config.data.{key}=({low}, {high}) must be (smallest, largest).")
+    if config.optimizer.name == "adam" and config.optimizer.weight_decay:
+        raise UserError(
+            "config.optimizer.name='adam' has no weight decay; use 'adamw' (decoupled decay) or "
+            "set config.optimizer.weight_decay=0."
+        )
+    if config.parallelism == "pmap" and (config.mesh.fsdp, config.mesh.tensor) != (1, 1):
+        raise UserError(
+            "config.parallelism='pmap' is data parallel only; set mesh.fsdp=1 and mesh.tensor=1, "
+            "or parallelism='jit'."
+        )
+    return config.lock()
+
+
+def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """(height, width) of the model's input."""
+    size = config.data.image_size
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def differences(
+    ours: ml_collections.ConfigDict, theirs: ml_collections.ConfigDict
+) -> dict[str, str]:
+    """`key: their value -> our value` for every key whose values differ."""
+    ours, theirs = flatten(ours), flatten(theirs)
+    return {
+        key: f"{key}: {theirs[key]!r} -> {ours[key]!r}"
+        for key in FIELDS
+        if ours[key] != theirs[key]
+    }
+
+
+def describe() -> str:
+    """All keys with defaults and meanings, for --help."""
+    lines = []
+    for path, field in FIELDS.items():
+        choices = f" [{'|'.join(field.choices)}]" if field.choices else ""
+        lines.append(f"  --config.{path}={field.default}{choices}\n      {field.help}")
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""From an image of any size to the model's: crops and resizes, uint8 [H, W, 3] to [h, w, 3].
+
+Pure functions: what is random comes from the generator that is passed. Sizes are (height, width).
+"""
+
+import math
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from vit_jax.errors import UserError
+
+# The callers' threads are the parallelism; OpenCV's own would only compete with them.
+cv2.setNumThreads(0)
+
+_ATTEMPTS = 10
+_LONGEST = 16  # times as long as the crop, for the same short side
+
+
+def resize(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
+    """Bilinear, with half-pixel centres.
+
+    Args:
+      image: uint8 [H, W, 3].
+      size: (height, width) of the result.
+      antialias: False weighs the four nearest pixels, as `tf.image.resize` and PyTorch's
+        `interpolate(mode='bilinear')` do (to one grey level: OpenCV rounds the weights); True
+        widens the filter by the scale when shrinking, as Pillow does.
+
+    Returns:
+      uint8 [height, width, 3]; the image itself where it already has the size.
+    """
+    height, width = size
+    if image.shape[:2] == (height, width):
+        return image
+    if antialias:
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def inception_crop(
+    image: np.ndarray,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    area: tuple[float, float] = (0.05, 1.0),
+    aspect: tuple[float, float] = (0.75, 4 / 3),
+    antialias: bool,
+) -> np.ndarray:
+    """A crop of random area, shape and place, resized (Szegedy et al., arXiv 1409.4842, §6).
+
+    Args:
+      image: uint8 [H, W, 3].
+      size: (height, width) of the result.
+      rng: where the randomness comes from.
+      area: range of the crop's share of the image.
+      aspect: range of the crop's width / height, before it is resized.
+      antialias: see `resize`.
+    """
+    top, left, height, width = inception_box(*image.shape[:2], rng, area=area, aspect=aspect)
+    return resize(image[top:top + height, left:left + width], size, antialias=antialias)
+
+
+def inception_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of an inception crop.
+
+    The area is uniform and the aspect log-uniform in its range. Where ten draws do not fit into the
+    image, it is the largest central crop whose aspect is in the range.
+    """
+    for _ in range(_ATTEMPTS):
+        target = height * width * rng.uniform(*area)
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    h = min(height, max(1, round(width / aspect[0])))
+    w = min(width, max(1, round(height * aspect[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def pad_crop(
+    image: np.ndarray,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    padding: int,
+    antialias: bool = True,
+) -> np.ndarray:
+    """A shift by up to `padding` pixels, with zeros coming in (He et al., arXiv 1512.03385, §4.2).
+
+    An image of another size is resized first.
+    """
+    image = resize(image, size, antialias=antialias)
+    height, width = size
+    top, left = (int(start) for start in rng.integers(2 * padding + 1, size=2))
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    return np.ascontiguousarray(padded[top:top + height, left:left + width])
+
+
+def squash(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
+    """The whole image, its aspect given up: the evaluation of Google's code."""
+    return resize(image, size, antialias=antialias)
+
+
+def center_crop(
+    image: np.ndarray, size: tuple[int, int], *, resize_to: int, antialias: bool
+) -> np.ndarray:
+    """The middle of an image, its aspect kept: torchvision's `Resize` and `CenterCrop`.
+
+    The short side becomes `resize_to` and the long side is rounded down; an odd margin leaves
+    Python's `round(margin / 2)`, half to even, above and to the left. For a size that is not
+    square, "short" is meant relative to it, and `resize_to` compares with its smaller number.
+
+    Args:
+      image: uint8 [H, W, 3].
+      size: (height, width) of the result.
+      resize_to: pixels, at least min(size).
+      antialias: see `resize`.
+
+    Raises:
+      UserError: `resize_to` is smaller than the crop.
+    """
+    height, width = size
+    if resize_to < min(size):
+        raise UserError(
+            f"a central crop of {height}x{width} does not fit into images resized to {resize_to} "
+            f"pixels; set config.data.eval_resize to {min(size)} or more."
+        )
+    image = _limit_aspect(image, size)
+    full_height, full_width = image.shape[:2]
+    if full_height * width <= full_width * height:
+        new_height = height * resize_to // min(size)
+        new_width = full_width * new_height // full_height
+    else:
+        new_width = width * resize_to // min(size)
+        new_height = full_height * new_width // full_width
+    image = resize(image, (new_height, new_width), antialias=antialias)
+    top, left = round((new_height - height) / 2), round((new_width - width) / 2)
+    return np.ascontiguousarray(image[top:top + height, left:left + width])
+
+
+def _limit_aspect(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cuts the ends off a very long image, which the central crop does not see, and which could
+    take gigabytes once its short side is resized."""
+    height, width = image.shape[:2]
+    max_height = min(height, max(1, _LONGEST * width * size[0] // size[1]))
+    max_width = min(width, max(1, _LONGEST * height * size[1] // size[0]))
+    top, left = (height - max_height) // 2, (width - max_width) // 2
+    return image[top:top + max_height, left:left + max_width]

@@ -1,0 +1,229 @@
+"""`folder:PATH`: one subfolder of images per class.
+
+    PATH/cat/*.jpg  PATH/dog/*.jpg                     split 90/10, the same way every time
+    PATH/train/cat/*.jpg ... PATH/val/cat/*.jpg ...    split by the user: train, val, test
+"""
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+
+from vit_jax.data.records import Record, missing_split, stratified_split
+from vit_jax.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+_SPLITS = ("train", "val", "test")
+_LOOKS_LIKE_A_SPLIT = {
+    "train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing",
+}
+
+
+class Folder:
+    """A folder of labelled images, with split folders or without."""
+
+    def __init__(self, path: str):
+        """Raises UserError where `path` is no readable folder with at least two classes."""
+        if not path:
+            raise UserError("config.data.source='folder:' needs a path: folder:PATH.")
+        self._path = os.path.abspath(os.path.expanduser(path))
+        self._where = f"folder:{self._path}"
+        if not os.path.isdir(self._path):
+            problem = "is no folder" if os.path.exists(self._path) else "does not exist"
+            raise UserError(
+                f"{self._where} {problem}; give the folder that holds one subfolder of images per "
+                "class."
+            )
+        self._folders = _subfolders(self._path)
+        # A class may be called "train" too: its folder holds images, a split's holds classes.
+        self._has_splits = bool(self._folders) and (
+            set(self._folders) <= set(_SPLITS)
+            or ("train" in self._folders and bool(_subfolders(self._join("train"))))
+        )
+        self._class_names = self._find_classes()
+        self._splits_by_itself = not self._has_splits or self._folders == ["train"]
+        self._parts = None
+
+    def default_eval_split(self) -> str:
+        for split in ("val", "test"):
+            if split in self._split_names():
+                return split
+        raise UserError(
+            f"{self._where} has neither a folder 'val' nor a folder 'test' beside "
+            f"{', '.join(map(repr, self._folders))}; add one, name the evaluation split with "
+            f"config.data.eval_split, or use folder:{self._join('train')} to have a tenth held out."
+        )
+
+    def open(self, split: str) -> "FolderSplit":
+        if split not in self._split_names():
+            raise missing_split(self._where, split, self._split_names())
+        if self._splits_by_itself:
+            paths, labels = self._stratified()[split]
+        else:
+            root = self._join(split)
+            self._check_classes(split)
+            paths, labels = _list_images(root, self._class_names, _subfolders(root))
+        return FolderSplit(f"{self._where} split {split!r}", split, self._class_names, paths,
+                           labels)
+
+    def _join(self, *names: str) -> str:
+        return os.path.join(self._path, *names)
+
+    def _split_names(self) -> list[str]:
+        return ["train", "val"] if self._splits_by_itself else self._folders
+
+    def _find_classes(self) -> tuple[str, ...]:
+        """Sorted class names. With split folders these are the classes of `train`: the model is
+        trained on them, whichever split is evaluated."""
+        if not self._has_splits:
+            names, root = self._folders, self._path
+            if names and {name.lower() for name in names} <= _LOOKS_LIKE_A_SPLIT:
+                raise UserError(
+                    f"{self._where}: the folders {', '.join(map(repr, names))} look like splits, "
+                    "not like classes; call them 'train', 'val' and 'test'."
+                )
+        elif "train" in self._folders:
+            root = self._join("train")
+            names = _subfolders(root)
+        else:
+            root = self._join(self._folders[0])
+            names = sorted({name for split in self._folders
+                            for name in _subfolders(self._join(split))})
+        if not names:
+            raise _no_classes(self._where, root)
+        if len(names) == 1:
+            raise UserError(
+                f"{self._where}: {root} has only one class, {names[0]!r}; a classifier needs one "
+                "subfolder for each of at least two classes."
+            )
+        if self._has_splits:
+            for split in set(_SPLITS) & set(self._folders):
+                self._check_classes(split, names)
+        return tuple(names)
+
+    def _check_classes(self, split: str, names: Iterable[str] | None = None) -> None:
+        unknown = sorted(set(_subfolders(self._join(split))) - set(names or self._class_names))
+        if unknown:
+            raise UserError(
+                f"{self._where}: class {unknown[0]!r} is in {self._join(split)} but not in "
+                f"{self._join('train')}; add training images or remove the folder "
+                f"{self._join(split, unknown[0])}."
+            )
+
+    def _stratified(self) -> dict[str, tuple[list[str], np.ndarray]]:
+        """{'train', 'val'} -> paths and labels, where the user made no split."""
+        if self._parts is None:
+            root = self._join("train") if self._has_splits else self._path
+            paths, labels = _list_images(root, self._class_names, self._class_names)
+            parts = stratified_split(labels, one_in=10)
+            if not len(parts[1]):
+                raise UserError(
+                    f"{self._where}: no class has a second image to evaluate on; add images, or "
+                    "split them yourself into folders 'train' and 'val'."
+                )
+            self._parts = {
+                split: ([paths[i] for i in indices], labels[indices])
+                for split, indices in zip(("train", "val"), parts, strict=True)
+            }
+        return self._parts
+
+
+class FolderSplit:
+    """The images of one split; files are read when they are asked for."""
+
+    def __init__(self, name: str, split: str, class_names: tuple[str, ...], paths: list[str],
+                 labels: np.ndarray):
+        """`paths` n files, `labels` int32 [n] into `class_names`."""
+        self.name = name
+        self.split = split
+        self.class_names = class_names
+        self._paths = paths
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises UserError for a file that cannot be read: unlike one that cannot be decoded, it
+        may be readable tomorrow, and leaving it out would change the run."""
+        path = self._paths[index]
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return Record(data, int(self._labels[index]), path)
+
+    def labels(self) -> np.ndarray:
+        return self._labels
+
+
+def _list_images(
+    root: str, class_names: tuple[str, ...], present: Iterable[str]
+) -> tuple[list[str], np.ndarray]:
+    """Paths [n] and labels int32 [n] of the classes `present` under `root`, class by class."""
+    paths, labels = [], []
+    present = set(present)
+    if not present:
+        raise _no_classes(f"folder:{root}", root)
+    for label, name in enumerate(class_names):
+        if name not in present:
+            continue
+        folder = os.path.join(root, name)
+        images = _images(folder)
+        if not images:
+            raise UserError(
+                f"class {name!r} is empty: {folder} holds no {_extensions()} file; add images or "
+                "remove the folder."
+            )
+        paths += images
+        labels += [label] * len(images)
+    return paths, np.array(labels, np.int32)
+
+
+def _images(folder: str, inside: frozenset[str] = frozenset()) -> list[str]:
+    """The images in a folder and its subfolders, in an order that no file system decides."""
+    here = os.path.realpath(folder)
+    if here in inside:  # a link to a folder that it is in
+        return []
+    found = []
+    for entry in _entries(folder):
+        if entry.is_dir():
+            found += _images(entry.path, inside | {here})
+        elif entry.name.lower().endswith(EXTENSIONS):
+            found.append(entry.path)
+    return found
+
+
+def _subfolders(folder: str) -> list[str]:
+    return [entry.name for entry in _entries(folder) if entry.is_dir()]
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """What is in a folder, by name, without what is hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _no_classes(where: str, root: str) -> UserError:
+    loose = [entry for entry in _entries(root) if entry.name.lower().endswith(EXTENSIONS)]
+    what = f"{len(loose)} images lie directly in it" if loose else "it has no subfolders"
+    return UserError(
+        f"{where}: no classes in {root}: {what}; move the images of each class into a subfolder "
+        "named after the class."
+    )
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk."
+    )
+
+
+def _extensions() -> str:
+    return ", ".join(EXTENSIONS[:-1]) + " or " + EXTENSIONS[-1]

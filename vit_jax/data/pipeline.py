@@ -1,0 +1,231 @@
+"""From a source to batches: every batch is a pure function of the seed and the step.
+
+The order is a global shuffle of each epoch and the augmentation of a record depends only on the
+seed and its position in the stream, so a run can continue at any step, with any number of threads,
+without having stored anything. Threads decode ahead of the training step; OpenCV, simplejpeg and
+Pillow release the interpreter while they work.
+"""
+
+import collections
+import concurrent.futures
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import grain.python as grain
+import ml_collections
+import numpy as np
+from vit_jax.data.decode import BadImageError, decode_image
+from vit_jax.data.sources import Record, Source
+
+from vit_jax.data import augment
+from vit_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_BATCHES_AHEAD = 2
+_CHUNKS_PER_WORKER = 4  # so that one slow image does not leave the other threads idle
+
+
+class Example(NamedTuple):
+    """One row of a batch; see `vit_jax.training.step` for the batch."""
+
+    image: np.ndarray  # uint8 [H, W, 3]
+    label: int
+    valid: bool = True
+    flip: bool = False
+
+
+class BadImages:
+    """What happens to images that cannot be decoded: stop the run, or leave out and count."""
+
+    def __init__(self, policy: str):
+        self.policy = policy
+        self._origins: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Different images that were skipped."""
+        return len(self._origins)
+
+    def report(self, origin: str, reason: Exception) -> None:
+        """Raises UserError, or counts and says it once an image."""
+        if self.policy == "error":
+            raise UserError(
+                f"{origin} cannot be decoded: {reason}. Remove or replace it, or leave out such "
+                "images with --config.data.on_bad_image=skip."
+            )
+        with self._lock:
+            new = origin not in self._origins
+            self._origins.add(origin)
+        if new:
+            logging.getLogger(__name__).warning("skipped %s: %s", origin, reason)
+
+
+def train_batches(
+    source: Source,
+    config: ml_collections.ConfigDict,
+    size: tuple[int, int],
+    bad_images: BadImages,
+    *,
+    first_step: int = 0,
+    rows: tuple[int, int] | None = None,
+) -> Iterator[Batch]:
+    """Endless training batches, from the one of step `first_step` on.
+
+    Args:
+      source: the training split.
+      config: the run's config; read are seed, batch_size and data.
+      size: (height, width) of the model's input.
+      bad_images: what to do about images that cannot be decoded.
+      first_step: updates that were already made.
+      rows: (begin, end) of this process's share of every batch; None for all.
+
+    Yields:
+      image uint8 [B, H, W, 3], label int32 [B], mask bool [B], flip bool [B].
+    """
+    begin, end = rows or (0, config.batch_size)
+
+    def example(index, rng):
+        flip = config.data.flip and bool(rng.random() < 0.5)
+        record = source[index]
+        image = _decode(record, config.data, bad_images)
+        if image is None:
+            return Example(np.zeros((*size, 3), np.uint8), record.label, valid=False)
+        return Example(train_crop(image, size, rng, config.data), record.label, flip=flip)
+
+    # Grain gives the shuffle of every epoch and an independent generator for every position,
+    # without state: `examples[position]` is defined for any position.
+    examples = (
+        grain.MapDataset.range(len(source))
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        .random_map(example)
+    )
+
+    def positions():
+        step = first_step
+        while True:
+            start = step * config.batch_size
+            yield range(start + begin, start + end)
+            step += 1
+
+    yield from _parallel_batches(examples.__getitem__, positions(), size, config.data.workers)
+
+
+def eval_batches(
+    source: Source,
+    config: ml_collections.ConfigDict,
+    size: tuple[int, int],
+    bad_images: BadImages,
+    *,
+    batch_size: int,
+    rows: tuple[int, int] | None = None,
+) -> Iterator[Batch]:
+    """One pass over a split in order; the last batch is padded with images whose mask is False."""
+    begin, end = rows or (0, batch_size)
+    blank = np.zeros((*size, 3), np.uint8)
+
+    def example(index):
+        if index >= len(source):
+            return Example(blank, 0, valid=False)
+        record = source[index]
+        image = _decode(record, config.data, bad_images)
+        if image is None:
+            return Example(blank, record.label, valid=False)
+        return Example(eval_crop(image, size, config.data), record.label)
+
+    positions = (
+        range(start + begin, start + end) for start in range(0, len(source), batch_size)
+    )
+    yield from _parallel_batches(example, positions, size, config.data.workers)
+
+
+def train_crop(image, size, rng, data: ml_collections.ConfigDict) -> np.ndarray:
+    """The augmentation that `data.train_crop` names; uint8 [h, w, 3] to [H, W, 3]."""
+    if data.train_crop == "inception":
+        return augment.inception_crop(
+            image, size, rng, area=data.crop_area, aspect=data.crop_aspect,
+            antialias=data.antialias)
+    if data.train_crop == "pad":
+        return augment.pad_crop(
+            image, size, rng, padding=data.crop_padding, antialias=data.antialias)
+    return augment.squash(image, size, antialias=data.antialias)
+
+
+def eval_crop(image, size, data: ml_collections.ConfigDict) -> np.ndarray:
+    """The evaluation's view that `data.eval_crop` names; uint8 [h, w, 3] to [H, W, 3]."""
+    if data.eval_crop == "squash":
+        return augment.squash(image, size, antialias=data.antialias)
+    resize_to = data.eval_resize or round(min(size) * 8 / 7)
+    return augment.center_crop(image, size, resize_to=resize_to, antialias=data.antialias)
+
+
+def _decode(record: Record, data, bad_images) -> np.ndarray | None:
+    try:
+        return decode_image(record.image, max_pixels=data.max_pixels)
+    except BadImageError as error:
+        bad_images.report(record.origin, error)
+        return None
+
+
+def _parallel_batches(
+    example: Callable[[int], Example],
+    positions: Iterator[range],
+    size: tuple[int, int],
+    workers: int | None,
+) -> Iterator[Batch]:
+    """Assembles a batch for every range of positions, `_BATCHES_AHEAD` ahead of the consumer."""
+    workers = os.cpu_count() if workers is None else workers
+
+    def empty(rows):
+        return {
+            "image": np.empty((rows, *size, 3), np.uint8),
+            "label": np.empty(rows, np.int32),
+            "mask": np.empty(rows, bool),
+            "flip": np.empty(rows, bool),
+        }
+
+    def fill(batch, wanted, rows):
+        for row in rows:
+            image, label, valid, flip = example(wanted[row])
+            batch["image"][row] = image
+            batch["label"][row] = label
+            batch["mask"][row] = valid
+            batch["flip"][row] = flip
+
+    if not workers:
+        for wanted in positions:
+            batch = empty(len(wanted))
+            fill(batch, wanted, range(len(wanted)))
+            yield batch
+        return
+
+    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def start(wanted):
+        batch = empty(len(wanted))
+        rows = range(len(wanted))
+        chunk = max(1, len(rows) // (workers * _CHUNKS_PER_WORKER))
+        chunks = [rows[i : i + chunk] for i in range(0, len(rows), chunk)]
+        return batch, [pool.submit(fill, batch, wanted, chunk) for chunk in chunks]
+
+    queue = collections.deque()
+    try:
+        for wanted in positions:
+            queue.append(start(wanted))
+            if len(queue) > _BATCHES_AHEAD:
+                yield _finish(*queue.popleft())
+        while queue:
+            yield _finish(*queue.popleft())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _finish(batch, futures):
+    for future in futures:
+        future.result()  # raises what the thread raised
+    return batch

@@ -1,0 +1,156 @@
+"""Exact evaluation: every image of the split counts once, on any number of devices."""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax import config as config_lib
+from vit_jax.data.pipeline import BadImages, eval_batches
+from vit_jax.data.sources import Source, open_eval
+from vit_jax.errors import UserError
+from vit_jax.training import parallel, partition
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.state import build_model
+from vit_jax.training.step import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model does on a split of N images, padding and skipped images left out."""
+
+    labels: np.ndarray  # int32 [N]
+    predictions: np.ndarray  # int32 [N]
+    losses: np.ndarray  # float64 [N]
+    in_top5: np.ndarray  # bool [N]
+    num_classes: int
+
+    @property
+    def images(self) -> int:
+        """Images that were evaluated, N."""
+        return len(self.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose most likely class is right."""
+        return float(np.mean(self.predictions == self.labels))
+
+    def scalars(self) -> dict[str, float]:
+        """Accuracy, loss, count; the top-5 accuracy where there are more than five classes."""
+        result = {
+            "eval/accuracy": self.accuracy,
+            "eval/loss": float(np.mean(self.losses)),
+            "eval/images": self.images,
+        }
+        if self.num_classes > 5:
+            result["eval/top5_accuracy"] = float(np.mean(self.in_top5))
+        return result
+
+    def __str__(self) -> str:
+        return "  ".join(
+            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}"
+            for key, value in self.scalars().items())
+
+    def final_line(self) -> str:
+        """The line that a run ends with."""
+        return f"eval/accuracy={self.accuracy:.4f} eval/images={self.images}"
+
+
+def make_evaluator(
+    model: nn.Module,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    source: Source,
+    bad_images: BadImages,
+) -> Callable[[Any], Evaluation]:
+    """Returns evaluate(params) -> Evaluation on all images of the source.
+
+    Results are kept per image and averaged in float64 on the host, so neither the batch size nor
+    the number of devices enters.
+    """
+    size = config_lib.image_size(config)
+    step = parallel.compile_eval_step(make_eval_step(model, config), mesh)
+    shards = partition.batch_shards(mesh)
+    # Any size works: the batch is rounded up to the devices, the surplus masked.
+    batch_size = -(-(config.eval_batch_size or config.batch_size) // shards) * shards
+
+    def evaluate(params):
+        rows = collections.defaultdict(list)
+        waiting: collections.deque = collections.deque()
+
+        def collect():
+            outputs, label, mask = waiting.popleft()
+            for key, values in (jax.device_get(outputs) | {"label": label}).items():
+                rows[key].append(values[mask])
+
+        for batch in eval_batches(source, config, size, bad_images, batch_size=batch_size):
+            waiting.append((step(params, batch), batch["label"], batch["mask"]))
+            if len(waiting) > 1:  # one batch computes while the next is decoded
+                collect()
+        while waiting:
+            collect()
+
+        joined = {key: np.concatenate(values) for key, values in rows.items()}
+        if not len(joined["label"]):
+            raise UserError(f"{source.name} has no image that can be evaluated.")
+        return Evaluation(
+            labels=joined["label"],
+            predictions=joined["prediction"],
+            losses=joined["loss"].astype(np.float64),
+            in_top5=joined["in_top5"],
+            num_classes=len(source.class_names),
+        )
+
+    return evaluate
+
+
+def evaluate_workdir(
+    config: ml_collections.ConfigDict, workdir: Path, which: str = "last"
+) -> Evaluation:
+    """Evaluates a run's checkpoint, without training.
+
+    Args:
+      config: the run's own; `data` and `eval_batch_size` may differ from it.
+      workdir: of the run.
+      which: 'last' or 'best'.
+
+    Raises:
+      UserError: no checkpoint, or data with other classes than the run's.
+    """
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"{workdir} has no checkpoints; train first, or give another --workdir.")
+    checkpoints = Checkpoints(directory, read_only=True)
+    step = checkpoints.best_step if which == "best" else checkpoints.last_step
+    if step is None:
+        raise UserError(f"{directory} holds no complete checkpoint.")
+    classes = tuple(checkpoints.meta(step)["class_names"])
+    source = open_eval(
+        config.data.source, dir=config.data.dir, eval_split=config.data.eval_split,
+        image_size=config_lib.image_size(config))
+    if source.class_names != classes:
+        raise UserError(
+            f"{source.name} has other classes than the run in {workdir}: "
+            f"{len(source.class_names)} against {len(classes)}."
+        )
+    mesh = partition.make_mesh(config)
+    # Checkpoints hold unstacked blocks; evaluation has no use for the scanned form.
+    model = build_model(config, len(classes), config_lib.image_size(config))
+    if getattr(model, "scan_layers", False):
+        model = model.clone(scan_layers=False)
+    params = jax.device_put(checkpoints.restore_params(step), partition.replicated(mesh))
+    bad_images = BadImages(config.data.on_bad_image)
+    evaluation = make_evaluator(model, config, mesh, source, bad_images)(params)
+    print(f"Checkpoint {step} ({which}) of {workdir} on {source.name}, "
+          f"{config.data.eval_crop} to {config_lib.image_size(config)}:")
+    print(evaluation)
+    if len(bad_images):
+        print(f"{len(bad_images)} images could not be decoded and were skipped.")
+    return evaluation

@@ -1,0 +1,63 @@
+"""Train or evaluate: python -m vit_jax.main --config=FILE.py[:ARGS] --workdir=DIR
+[--config.key=value ...]"""
+
+from pathlib import Path
+
+import jax
+
+from vit_jax import cli, config
+from vit_jax.errors import UserError
+from vit_jax.evaluate import evaluate_workdir
+from vit_jax.train import train
+from vit_jax.training import workdir as workdir_lib
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; see `--help`."""
+    overrides, rest = cli.split_overrides(arguments)
+    parser = cli.ArgumentParser(
+        prog="python -m vit_jax.main",
+        description="Trains a Vision Transformer, or evaluates a finished run. Starting the same "
+        "command again continues an interrupted run.",
+        epilog=f"keys, set with --config.KEY=VALUE (defaults are those of the base config; the "
+        f"file may change them):\n{config.describe()}",
+    )
+    parser.add_argument("--config", metavar="FILE.py[:ARGS]",
+                        help="the recipe; for --mode=evaluate the run's own is the default")
+    parser.add_argument("--workdir", metavar="DIR", required=True, type=Path,
+                        help="holds checkpoints, config, metrics and report")
+    parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
+                        help="which one --mode=evaluate evaluates")
+    flags = parser.parse(rest)
+    # A relative path given here must mean the same after the config file ran.
+    workdir = flags.workdir.expanduser().absolute()
+
+    if flags.config:
+        settings = cli.load_config(flags.config)
+    elif flags.mode == "evaluate":
+        settings = workdir_lib.read_config(workdir)
+    else:
+        raise UserError("--config=FILE.py is missing; configs/quickstart.py is a start.")
+    cli.apply_overrides(settings, overrides)
+    settings = config.validate(settings)
+
+    try:
+        if flags.mode == "train":
+            train(settings, workdir)
+        else:
+            workdir_lib.check_same_model(settings, workdir)
+            print(evaluate_workdir(settings, workdir, flags.checkpoint).final_line(), flush=True)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise UserError(
+            f"Out of device memory at config.batch_size={settings.batch_size}, "
+            f"accumulation_steps={settings.accumulation_steps}, remat={settings.model.remat}. "
+            "Raise config.accumulation_steps, set config.model.remat=full, or lower "
+            "config.batch_size or config.eval_batch_size."
+        ) from error
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

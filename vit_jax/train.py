@@ -1,0 +1,178 @@
+"""A training run, from the config to the report."""
+
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax.cli import Stopped
+from vit_jax.data.pipeline import BadImages, train_batches
+from vit_jax.data.sources import open_splits
+from vit_jax.errors import UserError
+from vit_jax.evaluate import make_evaluator
+from vit_jax.models.summary import format_summary, summarize
+from vit_jax.report import write_report
+from vit_jax.training import parallel, partition
+from vit_jax.training import workdir as workdir_lib
+from vit_jax.training.checkpoint import BEST, Checkpoints, check_same_data, describe_run
+from vit_jax.training.metrics import MetricsLog, Progress
+from vit_jax.training.optimizer import make_optimizer, make_schedule
+from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.step import make_train_step
+from vit_jax.training.stop import StopSignal
+
+_STEPS_IN_FLIGHT = 2  # how far Python may run ahead of the devices
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Trains to the end, or goes on where the workdir's last checkpoint is.
+
+    Raises:
+      UserError: something the user can mend; what was saved before stays.
+      Stopped: SIGTERM or Ctrl-C came; the state was saved.
+    """
+    stop = StopSignal()
+
+    # Data.
+    size = config_lib.image_size(config)
+    train_source, eval_source = open_splits(
+        config.data.source, dir=config.data.dir, train_split=config.data.train_split,
+        eval_split=config.data.eval_split, image_size=size)
+    classes = train_source.class_names
+    total_steps = config.total_steps or max(
+        1, round(config.epochs * len(train_source) / config.batch_size))
+    bad_images = BadImages(config.data.on_bad_image)
+
+    # Devices, model, optimizer.
+    mesh = partition.make_mesh(config)
+    parallel.check_batch_size(config, mesh)
+    model = build_model(config, len(classes), size)
+    schedule = make_schedule(config, total_steps)
+    optimizer = make_optimizer(config, schedule, params_shapes(model, size))
+    init = make_init(model, optimizer, size, config.seed)
+    shapes = jax.eval_shape(init)
+    shardings, notes = partition.state_shardings(shapes, mesh)
+
+    # A new run, or one to continue.
+    changes = workdir_lib.claim(workdir, config)
+    print(format_summary(summarize(model, size)))
+    for line in describe(config, mesh, train_source, eval_source, total_steps):
+        print(line)
+    for line in [*notes, *(f"changed since this run began: {change}" for change in changes)]:
+        print(f"note: {line}")
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    meta = describe_run(config, classes, len(train_source))
+    first_step = checkpoints.last_step or 0
+    if first_step > total_steps:
+        raise UserError(f"{workdir} is at step {first_step}, beyond the {total_steps} steps asked "
+                        "for; raise config.total_steps or use another --workdir.")
+    if first_step:
+        check_same_data(meta, checkpoints.meta(first_step))
+        state = checkpoints.restore(first_step, shapes, shardings)
+        print(f"Continuing from step {first_step}.", flush=True)
+    else:
+        state = jax.jit(init, out_shardings=shardings)()
+
+    train_step = parallel.compile_train_step(
+        lambda axis_name: make_train_step(model, optimizer, schedule, config, axis_name=axis_name),
+        config, mesh, shardings)
+    evaluate = make_evaluator(model, config, mesh, eval_source, bad_images)
+    batches = train_batches(train_source, config, size, bad_images, first_step=first_step)
+    log = MetricsLog(workdir, first_step)
+    progress = Progress(first_step, total_steps, config.batch_size)
+    unchecked = []  # (step, metrics) whose loss nobody has looked at yet
+    best = checkpoints.best_metric
+    evaluation = None
+
+    saved_step = first_step
+
+    def save(step, scalars=None):
+        check_finite(unchecked, workdir, checkpoints)
+        checkpoints.save(step, state, meta, scalars)
+
+    # The loop. Everything due after a step happens in this order: log, evaluate, save, stop.
+    try:
+        for step in range(first_step + 1, total_steps + 1):
+            if stop.requested:
+                if saved_step != step - 1:
+                    save(step - 1)
+                checkpoints.wait()
+                raise Stopped(stop.requested, step - 1)
+            state, metrics = train_step(state, next(batches))
+            unchecked.append((step, metrics))
+            jax.block_until_ready(unchecked[-_STEPS_IN_FLIGHT:][0])
+            progress.step_done(step, metrics)
+            last = step == total_steps
+
+            if last or step % config.log_every == 0:
+                check_finite(unchecked, workdir, checkpoints)
+                scalars = {f"train/{key}": float(value) for key, value in metrics.items()}
+                log.write(step, scalars | progress.show(step, scalars))
+
+            scalars = None
+            if last or (config.eval_every and step % config.eval_every == 0):
+                with progress.paused():
+                    evaluation = evaluate(state.params)
+                scalars = evaluation.scalars()
+                log.write(step, scalars)
+                progress.say(f"step {step}/{total_steps}  {evaluation}")
+
+            is_best = scalars is not None and scalars[BEST] > best
+            due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if last or is_best or due:
+                with progress.paused():
+                    save(step, scalars)
+                saved_step = step
+                best = scalars[BEST] if is_best else best
+        checkpoints.wait()
+    finally:
+        batches.close()
+        log.close()
+        checkpoints.close()
+        stop.restore()
+
+    # The report.
+    evaluation = evaluation or evaluate(state.params)  # a run that had ended already
+    folder = write_report(workdir, evaluation, classes, train_source.labels())
+    if len(bad_images):
+        print(f"{len(bad_images)} images could not be decoded and were skipped.")
+    print(f"Finished {total_steps} steps; best accuracy {max(best, evaluation.accuracy):.4f}. "
+          f"Figures are in {folder}, checkpoints and metrics beside it.")
+    print(evaluation.final_line(), flush=True)
+
+
+def check_finite(unchecked: list, workdir: Path, checkpoints: Checkpoints) -> None:
+    """Empties the list of (step, metrics), or raises UserError at the first loss or gradient norm
+    that is not finite: the checkpoint on disk is then the last good one."""
+    for step, metrics in jax.device_get(unchecked):
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(metrics[name]):
+                saved = checkpoints.last_step
+                kept = f"the checkpoint of step {saved} in {workdir} is kept" if saved else (
+                    "no checkpoint had been written")
+                raise UserError(
+                    f"The {name.replace('grad_norm', 'gradient norm')} became {metrics[name]} at "
+                    f"step {step}; {kept}. Lower config.optimizer.learning_rate, lengthen "
+                    "config.schedule.warmup_steps or set config.optimizer.clip_norm, in a new "
+                    "--workdir."
+                )
+    unchecked.clear()
+
+
+def describe(config, mesh, train_source, eval_source, total_steps) -> list[str]:
+    """What a person should see before any time is spent: devices, data, length."""
+    device = mesh.devices.flat[0]
+    names = train_source.class_names
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return [
+        f"Devices   {mesh.size} {device.device_kind} ({jax.process_count()} process), mesh {axes}, "
+        f"{config.parallelism}, {config.dtype}",
+        f"Training  {train_source.name}: {len(train_source):,} images, "
+        f"{total_steps:,} steps of {config.batch_size} "
+        f"({total_steps * config.batch_size / len(train_source):.1f} epochs)",
+        f"Test      {eval_source.name}: {len(eval_source):,} images",
+        f"Classes   {len(names)}: {shown}",
+    ]

@@ -1,0 +1,1 @@
+"""The parts of a training run: step, losses, optimizer, partitioning, checkpoints, metrics."""

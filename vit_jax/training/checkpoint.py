@@ -1,0 +1,172 @@
+"""Checkpoints of a run: asynchronous, atomic, the last and the best, on Orbax."""
+
+import importlib.metadata
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+
+import vit_jax
+from vit_jax import config as config_lib
+from vit_jax.errors import UserError
+from vit_jax.models.scan import stack_blocks, unstack_blocks
+from vit_jax.training.state import TrainState
+
+BEST = "eval/accuracy"
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a workdir.
+
+    A checkpoint holds the train state, its blocks always unstacked, and `meta`: what the weights
+    mean (config, class names, preprocessing, versions). A save returns as soon as the state is
+    copied; the files appear under their final name only when they are complete.
+    """
+
+    def __init__(self, directory: Path, *, read_only: bool = False):
+        policies = ocp.checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([
+                    policies.LatestN(1),
+                    policies.BestN(
+                        get_metric_fn=lambda m: m[BEST], n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]),
+                best_fn=lambda metrics: metrics[BEST],
+                cleanup_tmp_directories=not read_only,  # what a killed save left behind
+                create=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the highest evaluation accuracy."""
+        return self._manager.best_step()
+
+    @property
+    def best_metric(self) -> float:
+        """That accuracy; minus infinity before the first evaluation."""
+        step = self.best_step
+        return -math.inf if step is None else self._manager.metrics(step)[BEST]
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any],
+             metrics: dict[str, float] | None = None) -> None:
+        """Starts saving; raises here if the save before it failed."""
+        self._manager.check_for_errors()
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_to_disk(state)), meta=ocp.args.JsonSave(meta)
+            ),
+            metrics=metrics,
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads."""
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What the weights of this checkpoint mean."""
+        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+
+    def restore(self, step: int, state: Any, shardings: Any) -> TrainState:
+        """Reads a train state.
+
+        Args:
+          step: of an existing checkpoint.
+          state: shapes and types of the state as the run has it.
+          shardings: where its leaves belong; the mesh may be another than when it was saved.
+        """
+        stacked = "encoderblock" in state.params.get("Transformer", {})
+        on_disk = jax.eval_shape(_to_disk, state)
+        if not stacked:
+            on_disk = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), on_disk, shardings)
+            return self._restore_state(step, on_disk)
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        on_disk = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), on_disk)
+        return jax.jit(stack_blocks, out_shardings=shardings)(self._restore_state(step, on_disk))
+
+    def restore_params(self, step: int) -> Any:
+        """Reads the parameters alone, unstacked, as NumPy arrays."""
+        tree = self._manager.item_metadata(step)["state"].tree["params"]
+        wanted = {"params": jax.tree.map(
+            lambda x: ocp.RestoreArgs(restore_type=np.ndarray), tree)}
+        item = {"params": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)}
+        restored = self._restore(step, state=ocp.args.PyTreeRestore(
+            item=item, restore_args=wanted, partial_restore=True))
+        return restored["state"]["params"]
+
+    def _restore_state(self, step, state):
+        return self._restore(step, state=ocp.args.StandardRestore(state))["state"]
+
+    def _restore(self, step, **args):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"The checkpoint of step {step} in {self._manager.directory} cannot be read "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); remove its folder to "
+                "continue from an earlier one."
+            ) from error
+
+
+def _to_disk(state):
+    if "encoderblock" not in state.params.get("Transformer", {}):
+        return state
+    return jax.jit(unstack_blocks)(state)
+
+
+def describe_run(
+    config: ml_collections.ConfigDict, class_names: tuple[str, ...], train_images: int
+) -> dict[str, Any]:
+    """`meta` of a run's checkpoints: enough to use the weights without the command line."""
+    return {
+        "config": config_lib.to_json(config),
+        "class_names": list(class_names),
+        "train_images": train_images,
+        "preprocessing": {
+            "image_size": list(config_lib.image_size(config)),
+            "crop": config.data.eval_crop,
+            "resize": config.data.eval_resize,
+            "antialias": config.data.antialias,
+            "mean": 0.5,
+            "std": 0.5,
+        },
+        "versions": {name: importlib.metadata.version(name)
+                     for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+        | {"vit_jax": vit_jax.__version__},
+    }
+
+
+def check_same_data(meta: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raises UserError if a resumed run would see other classes or other images."""
+    for key, what in (("class_names", "classes"), ("train_images", "number of training images")):
+        if meta[key] != stored[key]:
+            raise UserError(
+                f"The data changed since this run began: its {what} was {_short(stored[key])}, now "
+                f"it is {_short(meta[key])}. Restore the data, or use another --workdir."
+            )
+
+
+def _short(value):
+    text = str(value)
+    return text if len(text) < 100 else text[:100] + "..."

@@ -1,0 +1,104 @@
+"""From the config to an optax optimizer and its learning-rate schedule."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from vit_jax.errors import UserError
+
+
+def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+    """Learning rate of update `step` (0 for the first): linear warmup from 0, then decay.
+
+    Raises:
+      UserError: the warmup leaves no steps.
+    """
+    schedule, peak = config.schedule, config.optimizer.learning_rate
+    warmup = schedule.warmup_steps
+    if warmup and warmup >= total_steps:
+        raise UserError(
+            f"config.schedule.warmup_steps={warmup} leaves none of the {total_steps} steps; "
+            "use fewer."
+        )
+    steps = total_steps - warmup
+    if schedule.name == "cosine":
+        if schedule.end_value > peak:
+            raise UserError(
+                f"config.schedule.end_value={schedule.end_value} is above "
+                f"config.optimizer.learning_rate={peak}."
+            )
+        alpha = schedule.end_value / peak if peak else 0.0
+        decay = optax.cosine_decay_schedule(peak, steps, alpha)
+    elif schedule.name == "linear":
+        decay = optax.linear_schedule(peak, schedule.end_value, steps)
+    elif schedule.name == "rsqrt":
+        def decay(step):  # inverse square root, as in arXiv 2106.04560
+            return peak / jnp.sqrt(1.0 + step / schedule.timescale)
+    else:
+        decay = optax.constant_schedule(peak)
+    if not warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, schedule: optax.Schedule, params
+) -> optax.GradientTransformation:
+    """Clipping -> SGD or Adam direction -> decoupled weight decay of kernels -> learning rate.
+
+    Args:
+      config: the run's config; its `optimizer` section is read.
+      schedule: learning rate by update.
+      params: parameters, or their shapes.
+
+    Raises:
+      UserError: a pattern of `optimizer.frozen` is no regular expression, matches no parameter, or
+        leaves none to train.
+    """
+    o = config.optimizer
+    steps = []
+    if o.clip_norm is not None:
+        steps.append(optax.clip_by_global_norm(o.clip_norm))
+    dtype = jnp.dtype(o.momentum_dtype)
+    if o.name == "sgd":
+        steps.append(optax.trace(o.momentum, accumulator_dtype=dtype))
+    else:
+        steps.append(optax.scale_by_adam(o.beta1, o.beta2, o.epsilon, mu_dtype=dtype))
+    if o.weight_decay:
+        steps.append(optax.add_decayed_weights(o.weight_decay, mask=_is_kernel))
+    steps.append(optax.scale_by_learning_rate(schedule))
+    optimizer = optax.chain(*steps)
+    if not o.frozen:
+        return optimizer
+    # Frozen parameters have neither optimizer state nor a part in the clipped norm.
+    labels = _frozen_labels(o.frozen, params)
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def _is_kernel(params):
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _frozen_labels(patterns, params):
+    leaves, structure = jax.tree.flatten_with_path(params)
+    paths = ["/".join(key.key for key in path) for path, _ in leaves]
+    frozen = set()
+    for pattern in patterns:
+        try:
+            matches = [path for path in paths if re.search(pattern, path)]
+        except re.error as error:
+            raise UserError(
+                f"config.optimizer.frozen: {pattern!r} is not a regular expression: {error}."
+            ) from None
+        if not matches:
+            raise UserError(
+                f"config.optimizer.frozen: {pattern!r} matches no parameter; their paths look like "
+                f"{', '.join(paths[:3])} and {paths[-1]}."
+            )
+        frozen.update(matches)
+    if len(frozen) == len(paths):
+        raise UserError("config.optimizer.frozen matches every parameter; nothing would train.")
+    return structure.unflatten("frozen" if path in frozen else "trained" for path in paths)

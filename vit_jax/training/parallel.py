@@ -1,0 +1,100 @@
+"""How a pure step runs on many devices: jit over the mesh, or pmap. Both keep the state as global
+arrays, so initialisation, evaluation and checkpoints do not care which it was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax.errors import UserError
+from vit_jax.training import partition
+from vit_jax.training.state import TrainState
+from vit_jax.training.step import Metrics
+
+HostBatch = dict[str, np.ndarray]
+PMAP_AXIS = "data"
+
+
+def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError unless every device gets the same number of images in every part."""
+    shards = partition.batch_shards(mesh) * config.accumulation_steps
+    if config.batch_size % shards:
+        lower = config.batch_size // shards * shards
+        near = f"{lower} or {lower + shards}" if lower else f"{shards}"
+        raise UserError(
+            f"config.batch_size={config.batch_size} is not divisible by {shards} "
+            f"({partition.batch_shards(mesh)} devices x {config.accumulation_steps} accumulation "
+            f"steps); the nearest that is: {near}."
+        )
+
+
+def to_devices(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as arrays sharded over all devices of the mesh."""
+    sharding = partition.batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def compile_train_step(
+    make_step: Callable[..., Callable],
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    shardings: Any,
+) -> Callable[[TrainState, HostBatch], tuple[TrainState, Metrics]]:
+    """Puts the step on the devices.
+
+    Args:
+      make_step: builds the step; called with `axis_name=`.
+      config: the run's config; read is `parallelism`.
+      mesh: the devices.
+      shardings: of the train state's leaves.
+
+    Returns:
+      step(state, host batch); the state it is given is consumed (its memory is reused).
+    """
+    if config.parallelism == "pmap":
+        # The state enters and leaves without a device axis (None), so it stays one replicated
+        # array per leaf instead of the stacked copies that pmap is known for.
+        step = jax.pmap(
+            make_step(axis_name=PMAP_AXIS),
+            axis_name=PMAP_AXIS,
+            in_axes=(None, 0),
+            out_axes=(None, None),
+            donate_argnums=0,
+            devices=list(mesh.devices.flat),
+        )
+        devices = jax.local_device_count()
+
+        def run_pmap(state, batch):
+            return step(state, {
+                k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()
+            })
+
+        return run_pmap
+
+    step = jax.jit(
+        make_step(axis_name=None),
+        donate_argnums=0,
+        out_shardings=(shardings, partition.replicated(mesh)),
+    )
+
+    def run_jit(state, batch):
+        with jax.set_mesh(mesh):
+            return step(state, to_devices(batch, mesh))
+
+    return run_jit
+
+
+def compile_eval_step(
+    eval_step: Callable, mesh: Mesh
+) -> Callable[[Any, HostBatch], dict[str, jax.Array]]:
+    """Puts the evaluation step on the devices; its results come back whole to every process."""
+    step = jax.jit(eval_step, out_shardings=partition.replicated(mesh))
+
+    def run(params, batch):
+        with jax.set_mesh(mesh):
+            return step(params, to_devices(batch, mesh))
+
+    return run

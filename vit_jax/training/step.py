@@ -1,0 +1,130 @@
+"""The train step and the evaluation step: pure functions of (state, batch).
+
+A batch is a dictionary of arrays with a leading axis B, made by `vit_jax.data.pipeline`:
+
+  image  uint8 [B, H, W, 3]
+  label  int32 [B]
+  mask   bool [B], False for padding and for images that could not be decoded
+  flip   bool [B], images to mirror (training only)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from vit_jax.training.losses import cross_entropy, targets_from_labels
+from vit_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 [0, 255] to float32 [-1, 1]."""
+    return (images.astype(jnp.float32) - 127.5) / 127.5
+
+
+def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
+    """Mirrors the images [B, H, W, C] whose entry in `mirrored` [B] is True, left to right."""
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: ml_collections.ConfigDict,
+    *,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the step: forward, backward, update.
+
+    Args:
+      model: maps images to logits [B, K].
+      optimizer: turns gradients into updates.
+      schedule: learning rate by update, for the metrics.
+      config: the run's config; read are seed, accumulation_steps and loss.
+      axis_name: pmap's axis, whose devices each hold a part of the batch; None under jit, where
+        the batch is one (sharded) array and the compiler sums over devices.
+
+    Returns:
+      step(state, batch) -> (state, {loss, grad_norm, learning_rate}). The loss is the mean over
+      the valid images of the whole batch, whatever the number of devices and accumulation steps.
+    """
+    parts = config.accumulation_steps
+
+    def loss_sum(params, batch, key):
+        logits = model.apply(
+            {"params": params}, normalize(batch["image"]), train=True, rngs={"dropout": key}
+        )
+        targets = targets_from_labels(
+            batch["label"], logits.shape[-1], config.loss.label_smoothing)
+        losses = cross_entropy(config.loss.name, logits, targets)
+        return jnp.sum(jnp.where(batch["mask"], losses, 0.0))
+
+    def total(x):
+        return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        batch = batch | {"image": flip(batch["image"], batch["flip"])}
+        valid = total(jnp.sum(batch["mask"], dtype=jnp.float32))
+
+        def part_gradient(part, key):
+            return jax.value_and_grad(loss_sum)(state.params, part, key)
+
+        if parts == 1:
+            loss, gradients = part_gradient(batch, key)
+        else:
+            # Strided, so that every part takes its share from every device: a contiguous split of
+            # an array that is sharded by batch would move images between devices.
+            split = jax.tree.map(
+                lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def accumulate(sums, part_and_index):
+                part, index = part_and_index
+                new = part_gradient(part, jax.random.fold_in(key, index))
+                return jax.tree.map(jnp.add, sums, new), None
+
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            (loss, gradients), _ = jax.lax.scan(accumulate, zeros, (split, jnp.arange(parts)))
+
+        # Sums over parts and devices, divided once: the mean over all valid images.
+        loss, gradients = jax.tree.map(
+            lambda x: total(x) / jnp.maximum(valid, 1.0), (loss, gradients))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    model: nn.Module, config: ml_collections.ConfigDict
+) -> Callable[[Any, Batch], Metrics]:
+    """Builds eval_step(params, batch) -> per image: loss [B], prediction [B] and in_top5 [B]."""
+
+    def eval_step(params, batch):
+        logits = model.apply({"params": params}, normalize(batch["image"]), train=False)
+        num_classes = logits.shape[-1]
+        targets = targets_from_labels(batch["label"], num_classes, config.loss.label_smoothing)
+        _, best = jax.lax.top_k(logits, min(5, num_classes))
+        return {
+            "loss": cross_entropy(config.loss.name, logits, targets),
+            "prediction": best[:, 0],
+            "in_top5": jnp.any(best == batch["label"][:, None], axis=1),
+        }
+
+    return eval_step

@@ -1,0 +1,72 @@
+"""A workdir belongs to one config: written when a run starts, compared when it goes on."""
+
+import json
+import os
+from pathlib import Path
+
+import ml_collections
+
+from vit_jax import config as config_lib
+from vit_jax.errors import UserError
+
+
+def claim(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
+    """Creates the workdir, or checks that it belongs to this config; writes `config.json`.
+
+    Returns:
+      The differences that a resumed run may have, one `key: old -> new` each.
+
+    Raises:
+      UserError: the workdir holds another run, or cannot be written.
+    """
+    path = workdir / "config.json"
+    changed = {}
+    if path.exists():
+        changed = config_lib.differences(config, read_config(workdir))
+        _refuse({k: v for k, v in changed.items() if k not in config_lib.RESUMABLE}, workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(config_lib.to_json(config), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"The workdir {workdir} cannot be written: {error.strerror}; choose another --workdir."
+        ) from None
+    return list(changed.values())
+
+
+def check_same_model(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Raises UserError unless `config` describes the model that the workdir's run trained."""
+    changed = config_lib.differences(config, read_config(workdir))
+    _refuse({key: line for key, line in changed.items() if key.startswith("model.")}, workdir)
+
+
+def _refuse(lines, workdir):
+    if lines:
+        raise UserError(
+            f"The workdir {workdir} belongs to a run with another config:\n  "
+            + "\n  ".join(lines.values())
+            + "\nUse the old values, or another --workdir."
+        )
+
+
+def read_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The config that a workdir was started with.
+
+    Raises:
+      UserError: no workdir, or not one of ours.
+    """
+    path = workdir / "config.json"
+    try:
+        return config_lib.from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        what = "holds no run (no config.json)" if workdir.is_dir() else "does not exist"
+        raise UserError(f"The workdir {workdir} {what}; give the --workdir of a run.") from None
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a config of ours: {error}.") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is either the old or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
