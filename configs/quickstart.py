@@ -24,15 +24,17 @@ def get_config():
     config.model.mlp_dim = 128
     config.model.num_heads = 4
     config.model.num_layers = 4
+    config.model.classifier = "gap"
+    config.model.position_embedding = "sincos_2d"
 
     config.data.source = "digits"
     config.data.image_size = 16
-    config.data.train_crop = "inception"
-    config.data.crop_area = (0.6, 1.0)
+    config.data.train_crop = "pad"
+    config.data.crop_padding = 1
     config.data.flip = False  # a mirrored 2 is no 2
 
     config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0
     config.schedule.warmup_steps = 100

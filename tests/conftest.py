@@ -24,6 +24,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside this file
 
+from fixtures_cifar10 import cifar10_dir  # noqa: E402, F401
 from tiny import make_tiny_config  # noqa: E402
 
 

@@ -26,3 +26,6 @@ def make_tiny_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 0.1
     config.schedule.name = "constant"
     return config
+
+
+get_config = make_tiny_config  # so that `--config=tests/tiny.py` runs it

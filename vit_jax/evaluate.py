@@ -127,7 +127,7 @@ def evaluate_workdir(
     directory = workdir / "checkpoints"
     if not directory.is_dir():
         raise UserError(f"{workdir} has no checkpoints; train first, or give another --workdir.")
-    checkpoints = Checkpoints(directory, read_only=True)
+    checkpoints = Checkpoints(directory, writable=False)
     step = checkpoints.best_step if which == "best" else checkpoints.last_step
     if step is None:
         raise UserError(f"{directory} holds no complete checkpoint.")
@@ -145,12 +145,12 @@ def evaluate_workdir(
     model = build_model(config, len(classes), config_lib.image_size(config))
     if getattr(model, "scan_layers", False):
         model = model.clone(scan_layers=False)
-    params = jax.device_put(checkpoints.restore_params(step), partition.replicated(mesh))
+    params = jax.device_put(checkpoints.restore_arrays(step)["params"], partition.replicated(mesh))
     bad_images = BadImages(config.data.on_bad_image)
     evaluation = make_evaluator(model, config, mesh, source, bad_images)(params)
     print(f"Checkpoint {step} ({which}) of {workdir} on {source.name}, "
           f"{config.data.eval_crop} to {config_lib.image_size(config)}:")
     print(evaluation)
-    if len(bad_images):
-        print(f"{len(bad_images)} images could not be decoded and were skipped.")
+    if bad_images.count:
+        print(f"{bad_images.count} images could not be decoded and were skipped.")
     return evaluation

@@ -136,8 +136,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     # The report.
     evaluation = evaluation or evaluate(state.params)  # a run that had ended already
     folder = write_report(workdir, evaluation, classes, train_source.labels())
-    if len(bad_images):
-        print(f"{len(bad_images)} images could not be decoded and were skipped.")
+    if bad_images.count:
+        print(f"{bad_images.count} images could not be decoded and were skipped.")
     print(f"Finished {total_steps} steps; best accuracy {max(best, evaluation.accuracy):.4f}. "
           f"Figures are in {folder}, checkpoints and metrics beside it.")
     print(evaluation.final_line(), flush=True)

@@ -243,6 +243,8 @@ def test_split_folder_of_another_name_is_not_passed_over(tmp_path):
     message = refusal(tmp_path)
     assert "neither a folder 'val' nor a folder 'test' beside 'train', 'validation'" in message
     assert len(both(tmp_path, eval_split="validation")[1]) == 7
+    fill(tmp_path / "validation", eel=1)
+    assert "class 'eel'" in refusal(tmp_path, eval_split="validation")
 
 
 def test_split_folders_are_not_taken_for_classes(tmp_path):

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny_models import abstract_params, pixels, quick_jit, tiny
+from tiny_models import abstract_params, pixels, tiny
 
 from vit_jax.models.attention import MultiHeadDotProductAttention
 
@@ -38,7 +38,7 @@ def test_relative_attention_against_a_loop():
                 weights /= weights.sum()
                 expected[b, i] += weights @ project["value"][b, :, h] @ params["out"]["kernel"][h]
     expected += params["out"]["bias"]
-    got = quick_jit(lambda x: module.apply({"params": params}, x, train=False))(x)
+    got = jax.jit(lambda x: module.apply({"params": params}, x, train=False))(x)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import abstract_params, apply, pixels, random_params
 
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import VARIANTS, canonical_name, create_model
@@ -40,11 +41,7 @@ RESNETS = {"R50x1": 25_557_032, "R101x1": 44_549_160, "R152x1": 60_192_808}
 
 def count(name, size, **overrides):
     model = create_model(name, num_classes=1000, **overrides)
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(
-        lambda key, images: model.init(key, images, train=False), jax.random.key(0), images
-    )
-    return sum(leaf.size for leaf in jax.tree.leaves(variables))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model, size, size)))
 
 
 def test_every_variant_is_counted_here():
@@ -171,15 +168,12 @@ def test_options_reach_the_model():
 def test_the_largest_run_for_real(name):
     """Two blocks at full width: head dimensions of 80, 88 and 104 are no power of two."""
     model = create_model(name, num_classes=3, num_layers=2)
-    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 28, 28, 3)), jnp.float32)
-
-    @jax.jit
-    def run(key, images):
-        params = model.init(key, images, train=False)["params"]
-        params["head"]["kernel"] = jnp.ones_like(params["head"]["kernel"])
-        params["Transformer"]["encoder_norm"]["bias"] += 1 / model.hidden_size
-        return model.apply({"params": params}, images, train=False)
-
-    logits = run(jax.random.key(0), images)
+    params = random_params(model, 28, 28)
+    params["head"] = {"kernel": np.ones((model.hidden_size, 3), np.float32), "bias": np.zeros(3)}
+    params["Transformer"]["encoder_norm"] = {
+        "scale": np.ones(model.hidden_size),
+        "bias": np.full(model.hidden_size, 1 / model.hidden_size),
+    }
+    logits = apply(model, params, pixels(height=28, width=28))
     # A LayerNorm has zero mean: summed over its width, only the bias that was added is left.
     np.testing.assert_allclose(logits, np.ones((2, 3)), atol=1e-3)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import TINY, abstract_params, apply, pixels, quick_jit, random_params, tiny
+from tiny_models import TINY, abstract_params, apply, pixels, random_params, tiny
 
 from vit_jax.models.variants import create_model
 from vit_jax.models.vit import (
@@ -32,7 +32,7 @@ def shapes(model, height, width):
 
 
 def initialise(model, height, width):
-    init = quick_jit(functools.partial(model.init, train=False))
+    init = jax.jit(functools.partial(model.init, train=False))
     return init(jax.random.key(0), np.zeros((1, height, width, 3), np.float32))["params"]
 
 
@@ -127,7 +127,7 @@ def test_parameter_tree_of_hybrids_is_googles(name, stages, sizes, kernel, leave
         (
             dict(layer_scale=0.1),
             {f"Transformer/encoderblock_{i}/LayerScale_{j}/gamma": (16,)
-             for i in range(3) for j in range(2)},
+             for i in range(2) for j in range(2)},
             [],
         ),
         (
@@ -144,7 +144,7 @@ def test_parameter_tree_of_hybrids_is_googles(name, stages, sizes, kernel, leave
         (
             dict(position_embedding="relative"),
             {f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_0/relative_embedding":
-             (13, 2, 8) for i in range(3)},
+             (13, 2, 8) for i in range(2)},
             ["Transformer/posembed_input/pos_embedding"],
         ),
         (
@@ -434,7 +434,7 @@ def test_stochastic_depth_grows_linearly(scan_layers):
     images = np.tile(pixels(batch=1, height=4, width=4), (4000, 1, 1, 1))
     params = random_params(model, 4, 4)
 
-    @quick_jit
+    @jax.jit
     def blocks(params, images):
         _, state = model.apply(
             {"params": params},
@@ -469,7 +469,7 @@ def test_stochastic_depth_keeps_the_expectation():
     x = np.random.default_rng(0).standard_normal((1, 3, 16), np.float32)
     x = np.tile(x, (4000, 1, 1))
 
-    @quick_jit
+    @jax.jit
     def both(x):
         in_training = block.apply(
             {"params": params}, x, drop_branch_rate=0.25, train=True,
@@ -490,19 +490,17 @@ def test_stochastic_depth_keeps_the_expectation():
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("B/16", TINY | dict(dtype="bfloat16", scan_layers=True, remat="dots")),
+        ("B/16", TINY | dict(dtype="bfloat16", scan_layers=True, remat="dots", dropout_rate=0.1)),
         ("B/16", TINY | dict(register_tokens=1, layer_scale=1.0, stochastic_depth_rate=0.1)),
-        ("R26+S/32", dict(num_classes=3, num_layers=1, resnet_stages=(1, 1), patch_size=4)),
+        ("R26+S/32", dict(num_classes=3, num_layers=1, resnet_stages=(1, 1))),
         ("R50x1", dict(num_classes=3, stages=(1,))),
     ],
 )
 def test_nothing_warns(name, options):
+    key = jax.random.key(0)
+    images = np.zeros((1, 32, 32, 3), np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = create_model(name, **options)
-        images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-        key = jax.random.key(0)
-        params = jax.eval_shape(lambda images: model.init(key, images, train=False), images)
-        jax.make_jaxpr(
-            jax.grad(lambda p, x: model.apply(p, x, train=True, rngs={"dropout": key}).sum())
-        )(params, images)
+        params = jax.eval_shape(lambda: model.init(key, images, train=False))
+        jax.eval_shape(lambda p: model.apply(p, images, train=True, rngs={"dropout": key}), params)

@@ -8,9 +8,6 @@ import numpy as np
 
 from vit_jax.models.variants import create_model
 
-# Tests compile many small programs and run each once or twice: optimising them is the cost.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 TINY = dict(num_classes=5, patch_size=4, hidden_size=16, mlp_dim=24, num_heads=2, num_layers=2)
 
 
@@ -57,7 +54,7 @@ def random_params(model, height, width, seed=0):
     return jax.tree_util.tree_map_with_path(draw, abstract_params(model, height, width))
 
 
-@functools.partial(quick_jit, static_argnames=("model", "train"))
+@functools.partial(jax.jit, static_argnames=("model", "train"))
 def run(params, images, key, model, train):
     return model.apply({"params": params}, images, train=train, rngs={"dropout": key})
 

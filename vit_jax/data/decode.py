@@ -7,7 +7,6 @@ import io
 import struct
 import threading
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -54,20 +53,12 @@ def decode_image(data: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
         return _from_array(data, max_pixels)
     if not data:
         raise BadImageError("the file is empty")
-    jpeg = _read_jpeg_header(data)
-    if jpeg:
-        _check_size(jpeg.width, jpeg.height, max_pixels)
-        if jpeg.components == 3:
-            try:
-                return _upright(simplejpeg.decode_jpeg(data, strict=True), jpeg.orientation)
-            except ValueError:
-                pass  # damaged, if only a little: Pillow decides
-        data = jpeg.without_metadata
+    if (pixels := _decode_colour_jpeg(data, max_pixels)) is not None:
+        return _upright(pixels, _exif_orientation(_jpeg_exif(data)))
     try:
         with _open(data) as image:
             _check_size(*image.size, max_pixels)
-            exif = image.info.get("exif", b"")
-            return _upright(_to_rgb(image), jpeg.orientation if jpeg else _exif_orientation(exif))
+            return _upright(_to_rgb(image), _exif_orientation(image.info.get("exif", b"")))
     except (BadImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -101,6 +92,23 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(_UPRIGHT[orientation](pixels))
 
 
+def _decode_colour_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """Pixels of an ordinary JPEG; None for all that Pillow has to look at."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_size(width, height, max_pixels)
+    if colours not in ("YCbCr", "RGB"):
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, strict=True)
+    except ValueError:  # damaged, if only a little: Pillow decides
+        return None
+
+
 # Pillow warns about oddities of files that do not change their pixels. Filters belong to the whole
 # process, so only one thread at a time may change them, and no pixels are decoded meanwhile.
 _QUIET = threading.Lock()
@@ -125,45 +133,23 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-class _JpegHeader(NamedTuple):
-    height: int
-    width: int
-    components: int  # 1 grey, 3 colour, 4 CMYK or YCCK
-    orientation: int
-    without_metadata: bytes  # the file, less EXIF, previews and the like: Pillow may warn of them
-
-
-def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
-    """What comes before the pixels (ITU T.81, B.2); None where it is no well-formed JPEG."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    frame, orientation, kept, position = None, None, [data[:2]], 2
+def _jpeg_exif(data: bytes) -> bytes:
+    """The EXIF segment of a JPEG, from before its pixels (ITU T.81, B.1.1); b"" without one."""
+    position = 2
     try:
-        while True:
-            start = position
-            if data[position] != 0xFF:
-                return None
+        while data[position] == 0xFF:
             while data[position] == 0xFF:  # any number of fill bytes
                 position += 1
-            marker = data[position]
-            if 0xD0 <= marker <= 0xD9:  # has no business here, and no length
-                return None
-            (length,) = struct.unpack_from(">H", data, position + 1)
+            marker, length = data[position], int.from_bytes(data[position + 1:position + 3], "big")
             body = data[position + 3:position + 1 + length]
-            position += 1 + length
-            if marker == 0xE1 and body.startswith(b"Exif\0\0") and orientation is None:
-                orientation = _exif_orientation(body)
-            elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                frame = struct.unpack_from(">HHB", body, 1)
+            if marker == 0xE1 and body.startswith(b"Exif\0\0"):
+                return body
             if marker == 0xDA:  # start of scan
                 break
-            if not 0xE1 <= marker <= 0xED:
-                kept.append(data[start:position])
-    except (IndexError, struct.error):
-        return None
-    if frame is None:
-        return None
-    return _JpegHeader(*frame, orientation or 1, b"".join(kept) + data[start:])
+            position += 1 + length
+    except IndexError:
+        pass
+    return b""
 
 
 def _exif_orientation(exif: bytes) -> int:

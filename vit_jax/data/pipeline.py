@@ -17,10 +17,10 @@ from typing import NamedTuple
 import grain.python as grain
 import ml_collections
 import numpy as np
-from vit_jax.data.decode import BadImageError, decode_image
-from vit_jax.data.sources import Record, Source
 
 from vit_jax.data import augment
+from vit_jax.data.decode import BadImageError, decode_image
+from vit_jax.data.sources import Record, Source
 from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -46,7 +46,8 @@ class BadImages:
         self._origins: set[str] = set()
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         """Different images that were skipped."""
         return len(self._origins)
 

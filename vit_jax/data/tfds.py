@@ -13,9 +13,6 @@ import numpy as np
 from vit_jax.data.records import Record, missing_split
 from vit_jax.errors import UserError, did_you_mean
 
-# TFDS and Orbax find files through etils, which uses TensorFlow where it is installed. Never here.
-os.environ.setdefault("EPATH_USE_TF", "false")
-
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SPLIT = re.compile(r"\s*(?P<name>[\w\-]+)\s*(\[.*\])?\s*")

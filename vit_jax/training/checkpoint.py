@@ -1,7 +1,6 @@
 """Checkpoints of a run: asynchronous, atomic, the last and the best, on Orbax."""
 
 import importlib.metadata
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from vit_jax.models.scan import stack_blocks, unstack_blocks
 from vit_jax.training.state import TrainState
 
 BEST = "eval/accuracy"
+_NOT_EVALUATED = {BEST: -1.0}  # Orbax warns about checkpoints without metrics
 
 
 class Checkpoints:
@@ -27,10 +27,18 @@ class Checkpoints:
     copied; the files appear under their final name only when they are complete.
     """
 
-    def __init__(self, directory: Path, *, read_only: bool = False):
+    def __init__(self, directory: Path, *, writable: bool = True):
+        # Without a registry Orbax could not tell what lies in a checkpoint it did not write.
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state, meta = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+        for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+            handlers.add("state", args, state)
+        for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            handlers.add("meta", args, meta)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
+            handler_registry=handlers,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([
                     policies.LatestN(1),
@@ -39,9 +47,8 @@ class Checkpoints:
                     ),
                 ]),
                 best_fn=lambda metrics: metrics[BEST],
-                cleanup_tmp_directories=not read_only,  # what a killed save left behind
-                create=not read_only,
-                read_only=read_only,
+                create=writable,
+                cleanup_tmp_directories=writable,  # what a killed save left behind
             ),
         )
 
@@ -52,14 +59,14 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the highest evaluation accuracy."""
-        return self._manager.best_step()
+        """Step of the checkpoint with the highest evaluation accuracy, if one was evaluated."""
+        return self._manager.best_step() if self.best_metric >= 0 else None
 
     @property
     def best_metric(self) -> float:
-        """That accuracy; minus infinity before the first evaluation."""
-        step = self.best_step
-        return -math.inf if step is None else self._manager.metrics(step)[BEST]
+        """That accuracy; negative before the first evaluation."""
+        step = self._manager.best_step()
+        return (_NOT_EVALUATED if step is None else self._manager.metrics(step))[BEST]
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any],
              metrics: dict[str, float] | None = None) -> None:
@@ -70,7 +77,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_to_disk(state)), meta=ocp.args.JsonSave(meta)
             ),
-            metrics=metrics,
+            metrics=metrics or _NOT_EVALUATED,
         )
 
     def wait(self) -> None:
@@ -105,15 +112,10 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), on_disk)
         return jax.jit(stack_blocks, out_shardings=shardings)(self._restore_state(step, on_disk))
 
-    def restore_params(self, step: int) -> Any:
-        """Reads the parameters alone, unstacked, as NumPy arrays."""
-        tree = self._manager.item_metadata(step)["state"].tree["params"]
-        wanted = {"params": jax.tree.map(
-            lambda x: ocp.RestoreArgs(restore_type=np.ndarray), tree)}
-        item = {"params": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)}
-        restored = self._restore(step, state=ocp.args.PyTreeRestore(
-            item=item, restore_args=wanted, partial_restore=True))
-        return restored["state"]["params"]
+    def restore_arrays(self, step: int) -> dict[str, Any]:
+        """The train state as it is on disk: nested dictionaries and lists of NumPy arrays."""
+        tree = self._manager.item_metadata(step)["state"].tree
+        return self._restore_state(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree))
 
     def _restore_state(self, step, state):
         return self._restore(step, state=ocp.args.StandardRestore(state))["state"]

@@ -1,0 +1,264 @@
+"""Runs through the command line: learning, interruption, continuation, and what stops a run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import cli
+from vit_jax.errors import UserError
+from vit_jax.main import main
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TINY = f"--config={Path(__file__).parent / 'tiny.py'}"
+
+# Everything random at once, long enough to be interrupted.
+RANDOM = [
+    TINY, "--config.total_steps=300", "--config.log_every=10", "--config.eval_every=100",
+    "--config.checkpoint_every=25", "--config.optimizer.name=adamw",
+    "--config.optimizer.learning_rate=1e-3", "--config.model.dropout_rate=0.1",
+    "--config.model.stochastic_depth_rate=0.1", "--config.data.train_crop=inception",
+    "--config.data.flip=true", "--config.accumulation_steps=2",
+]  # fmt: skip
+
+
+def start(*arguments, **kwargs):
+    """The command in a process of its own, on one device."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vit_jax.main", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def finish(process, timeout=300):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def wait_for_step(workdir, step, process, timeout=120):
+    """Returns as soon as metrics.jsonl shows `step`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        entries = read_metrics(workdir / "metrics.jsonl")
+        if entries and entries[-1]["step"] >= step:
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.005)
+    raise AssertionError(f"never reached step {step}: {finish(process)}")
+
+
+def final_state(workdir):
+    """Every array of the last checkpoint, optimizer state included, with the step."""
+    checkpoints = Checkpoints(workdir / "checkpoints", writable=False)
+    return checkpoints.last_step, checkpoints.restore_arrays(checkpoints.last_step)
+
+
+def without_speed(entries):
+    return [{k: v for k, v in e.items() if k != "train/images_per_second"} for e in entries]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = finish(start(*RANDOM, f"--workdir={workdir}", "--config.data.workers=2"))
+    assert code == 0, err
+    assert "warning" not in err.lower(), err
+    return workdir
+
+
+def test_killed_twice_and_resumed_is_bit_identical(undisturbed, tmp_path):
+    """SIGKILL at a random step, then another number of data workers each time."""
+    workdir = tmp_path / "killed"
+    rng = random.Random()
+    for attempt, workers in enumerate((0, 3)):
+        process = start(*RANDOM, f"--workdir={workdir}", f"--config.data.workers={workers}")
+        wait_for_step(workdir, 100 * attempt + rng.randrange(30, 100), process)
+        process.kill()
+        code, _, _ = finish(process)
+        assert code == -signal.SIGKILL  # it had not ended by itself
+    code, out, err = finish(start(*RANDOM, f"--workdir={workdir}", "--config.data.workers=1"))
+    assert code == 0, err
+    assert "Continuing from step" in out
+
+    step, state = final_state(workdir)
+    reference_step, reference = final_state(undisturbed)
+    assert step == reference_step == 300
+    jax.tree.map(np.testing.assert_array_equal, state, reference)
+    assert without_speed(read_metrics(workdir / "metrics.jsonl")) == without_speed(
+        read_metrics(undisturbed / "metrics.jsonl"))
+
+
+def test_sigterm_saves_and_exits_75(undisturbed, tmp_path):
+    workdir = tmp_path / "stopped"
+    process = start(*RANDOM, f"--workdir={workdir}")
+    wait_for_step(workdir, 10, process)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == cli.EXIT_SAVED == 75
+    assert "Traceback" not in err and "SIGTERM" in err
+    step, _ = final_state(workdir)
+    assert f"after step {step}" in err and 10 <= step < 300
+    # In this process, which simulates eight devices: the mesh may change, the result hardly does.
+    main([*RANDOM, f"--workdir={workdir}", "--config.parallelism=jit"])
+    assert final_state(workdir)[0] == 300
+
+
+def test_a_finished_run_is_evaluated_again_and_left_alone(undisturbed, capsys):
+    before = (undisturbed / "metrics.jsonl").read_text()
+    code, out, err = finish(start(*RANDOM, f"--workdir={undisturbed}", "--config.data.workers=2"))
+    assert code == 0, err
+    last = read_metrics(undisturbed / "metrics.jsonl")[-1]
+    expected = f"eval/accuracy={last['eval/accuracy']:.4f} eval/images=360"
+    assert out.splitlines()[-1] == expected
+    assert (undisturbed / "metrics.jsonl").read_text() == before
+    # ... and as a run of its own, without the recipe, in other batches.
+    main([f"--workdir={undisturbed}", "--mode=evaluate", "--config.eval_batch_size=7"])
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+
+
+def test_what_a_run_leaves(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    main([TINY, f"--workdir={workdir}"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("eval/accuracy=")
+    for word in ("Parameters", "mesh", "1,437 images", "360 images", "Classes", "FLOPs"):
+        assert word in out
+    assert {p.name for p in (workdir / "report").iterdir()} == {
+        "curves.png", "classes.png", "confusion.png"}
+    for figure in (workdir / "report").iterdir():
+        assert figure.read_bytes()[:4] == b"\x89PNG" and figure.stat().st_size > 5000
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+    entries = read_metrics(workdir / "metrics.jsonl")
+    assert [e["step"] for e in entries if "train/loss" in e] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in entries if "eval/accuracy" in e] == [3, 6]
+    train = entries[-2]
+    assert set(train) == {"step", "train/loss", "train/learning_rate", "train/grad_norm",
+                          "train/images_per_second"}
+    assert {"eval/accuracy", "eval/loss", "eval/images"} <= set(entries[-1])
+    assert entries[-1]["eval/images"] == 360
+
+    checkpoints = Checkpoints(workdir / "checkpoints", writable=False)
+    meta = checkpoints.meta(checkpoints.last_step)
+    assert meta["class_names"] == [str(i) for i in range(10)]
+    assert meta["preprocessing"]["image_size"] == [8, 8]
+    assert meta["config"] == json.loads((workdir / "config.json").read_text())
+
+
+def test_best_and_last_are_kept(tmp_path):
+    workdir = tmp_path / "run"
+    main([TINY, f"--workdir={workdir}", "--config.total_steps=12", "--config.eval_every=2",
+          "--config.checkpoint_every=1"])
+    accuracy = {e["step"]: e["eval/accuracy"] for e in read_metrics(workdir / "metrics.jsonl")
+                if "eval/accuracy" in e}
+    checkpoints = Checkpoints(workdir / "checkpoints", writable=False)
+    assert checkpoints.last_step == 12
+    assert accuracy[checkpoints.best_step] == max(accuracy.values())
+    kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {12, checkpoints.best_step}
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+    workdir = tmp_path / "run"
+    main([TINY, f"--workdir={workdir}"])
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.1 -> 0\.2"):
+        main([TINY, f"--workdir={workdir}", "--config.optimizer.learning_rate=0.2"])
+    with pytest.raises(UserError, match="batch_size: 16 -> 32"):
+        main([TINY, f"--workdir={workdir}", "--config.batch_size=32"])
+
+
+def test_what_may_change_on_resume(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    main([TINY, f"--workdir={workdir}"])
+    main([TINY, f"--workdir={workdir}", "--config.total_steps=8", "--config.parallelism=pmap",
+          "--config.data.workers=1", "--config.eval_batch_size=50", "--config.log_every=2",
+          "--config.eval_every=0", "--config.checkpoint_every=0"])
+    out = capsys.readouterr().out
+    assert "total_steps: 6 -> 8" in out and "Continuing from step 6" in out
+    assert final_state(workdir)[0] == 8
+    main([TINY, f"--workdir={workdir}", "--config.total_steps=10", "--config.mesh.fsdp=4"])
+    assert final_state(workdir)[0] == 10
+    with pytest.raises(UserError, match="step 10, beyond the 6 steps"):
+        main([TINY, f"--workdir={workdir}"])
+
+
+def test_scanned_layers_resume_from_unstacked_checkpoints(tmp_path):
+    scanned = ["--config.model.scan_layers=true", "--config.optimizer.name=adamw",
+               "--config.optimizer.learning_rate=1e-3"]
+    main([TINY, f"--workdir={tmp_path / 'whole'}", *scanned])
+    main([TINY, f"--workdir={tmp_path / 'parts'}", *scanned, "--config.total_steps=4"])
+    main([TINY, f"--workdir={tmp_path / 'parts'}", *scanned])
+    _, whole = final_state(tmp_path / "whole")
+    assert "encoderblock_1" in whole["params"]["Transformer"]
+    jax.tree.map(np.testing.assert_array_equal, whole, final_state(tmp_path / "parts")[1])
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=r"became (nan|inf) at step \d+"):
+        main([TINY, f"--workdir={workdir}", "--config.total_steps=100",
+              "--config.optimizer.learning_rate=1e30", "--config.checkpoint_every=1",
+              "--config.log_every=100"])
+    step, state = final_state(workdir)
+    assert step >= 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
+
+
+def test_frozen_parameters_stay(tmp_path):
+    workdir = tmp_path / "run"
+    main([TINY, f"--workdir={workdir}", "--config.total_steps=2",
+          "--config.optimizer.frozen=^embedding,encoderblock_0"])
+    _, after = final_state(workdir)
+    main([TINY, f"--workdir={tmp_path / 'other'}", "--config.total_steps=1",
+          "--config.optimizer.learning_rate=0"])
+    _, initial = final_state(tmp_path / "other")
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), after["params"], initial["params"])
+    assert all(jax.tree.leaves(same["embedding"]))
+    assert all(jax.tree.leaves(same["Transformer"]["encoderblock_0"]))
+    assert not any(jax.tree.leaves(same["head"]))
+    with pytest.raises(UserError, match="matches no parameter"):
+        main([TINY, f"--workdir={tmp_path / 'typo'}", "--config.optimizer.frozen=embeding"])
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    """What a kill in the middle of a save leaves behind, as Orbax names it."""
+    workdir = tmp_path / "run"
+    main([TINY, f"--workdir={workdir}", "--config.total_steps=4"])
+    debris = workdir / "checkpoints" / "6.orbax-checkpoint-tmp-0"
+    debris.mkdir()
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/loss": 1.0}\n{"step": 6, "tra')
+    main([TINY, f"--workdir={workdir}"])
+    assert final_state(workdir)[0] == 6
+    assert not debris.exists()
+    steps = [e["step"] for e in read_metrics(workdir / "metrics.jsonl") if "train/loss" in e]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_tensorflow(tmp_path):
+    """The whole command with TensorFlow made unimportable."""
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('TensorFlow must not be imported')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    code, out, err = finish(start(TINY, f"--workdir={tmp_path / 'run'}", env=environment))
+    assert code == 0, err
+    assert out.splitlines()[-1].startswith("eval/accuracy=")
+
+
+def test_the_quickstart_learns(tmp_path):
+    """The README's first command."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    code, out, err = finish(start(
+        "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", env=environment))
+    assert code == 0, err
+    accuracy = float(out.splitlines()[-1].split()[0].removeprefix("eval/accuracy="))
+    assert accuracy >= 0.97

@@ -1,0 +1,1 @@
+"""From pictures on disk to batches of uint8 arrays; knows nothing of models."""
