@@ -6,6 +6,7 @@ must follow `--config`, `1e3` is no integer, and `--help` exits with 1.
 
 import argparse
 import difflib
+import inspect
 import os
 import runpy
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import ml_collections
 
-from vit_jax.config import parse_value, set_value
+from vit_jax.config import FIELDS, from_json, parse_value, set_value
 from vit_jax.errors import UserError
 
 EXIT_SAVED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; run the same command again
@@ -26,10 +27,8 @@ class Stopped(Exception):
     """A signal asked the run to stop, and it has saved."""
 
     def __init__(self, number: signal.Signals, step: int):
-        super().__init__(
-            f"Stopped by {number.name} after step {step}, which is saved; "
-            "the same command continues."
-        )
+        done = f"after step {step}, which is saved" if step else "before the first step"
+        super().__init__(f"Stopped by {number.name} {done}; the same command continues.")
         self.exit_code = EXIT_SAVED if number == signal.SIGTERM else 128 + number
 
 

@@ -228,7 +228,9 @@ def parse_value(path: str, text: str) -> Any:
     if field.optional and text.strip().lower() == "none":
         return None
     if field.type is tuple or (field.length and "," in text):
-        parts = [part.strip() for part in text.strip("()[] ").split(",")]
+        if field.item is not str or text.strip() in ("()", "[]"):  # a regex keeps its brackets
+            text = text.strip("()[] ")
+        parts = [part.strip() for part in text.split(",")]
         return check_value(
             path, tuple(_parse_scalar(path, field.item, part) for part in parts if part))
     return check_value(path, _parse_scalar(path, field.type, text))
@@ -286,6 +288,8 @@ def check_value(path: str, value: Any) -> Any:
 
 
 def _convert(path, field, type_, value):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config.{path}={value} is not a finite number.")
     if type_ is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type_ is int and isinstance(value, float) and value == int(value):
@@ -354,6 +358,11 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         raise UserError(
             "config.optimizer.name='adam' has no weight decay; use 'adamw' (decoupled decay) or "
             "set config.optimizer.weight_decay=0."
+        )
+    if config.optimizer.clip_norm == 0:
+        raise UserError(
+            "config.optimizer.clip_norm=0 would clip every gradient to nothing; use none for no "
+            "clipping."
         )
     if config.parallelism == "pmap" and (config.mesh.fsdp, config.mesh.tensor) != (1, 1):
         raise UserError(

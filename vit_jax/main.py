@@ -10,6 +10,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate_workdir
 from vit_jax.train import train
 from vit_jax.training import workdir as workdir_lib
+from vit_jax.training.stop import StopSignal
 
 
 def main(arguments: list[str]) -> None:
@@ -44,7 +45,8 @@ def main(arguments: list[str]) -> None:
 
     try:
         if flags.mode == "train":
-            train(settings, workdir)
+            with StopSignal() as stop:
+                train(settings, workdir, stop)
         else:
             workdir_lib.check_same_model(settings, workdir)
             print(evaluate_workdir(settings, workdir, flags.checkpoint).final_line(), flush=True)

@@ -26,15 +26,13 @@ from vit_jax.training.stop import StopSignal
 _STEPS_IN_FLIGHT = 2  # how far Python may run ahead of the devices
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) -> None:
     """Trains to the end, or goes on where the workdir's last checkpoint is.
 
     Raises:
       UserError: something the user can mend; what was saved before stays.
-      Stopped: SIGTERM or Ctrl-C came; the state was saved.
+      Stopped: `stop` was requested; the state was saved.
     """
-    stop = StopSignal()
-
     # Data.
     size = config_lib.image_size(config)
     train_source, eval_source = open_splits(
@@ -131,7 +129,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         batches.close()
         log.close()
         checkpoints.close()
-        stop.restore()
 
     # The report.
     evaluation = evaluation or evaluate(state.params)  # a run that had ended already

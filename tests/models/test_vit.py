@@ -278,6 +278,23 @@ def test_representation_layer_and_head():
     )
 
 
+def test_epsilon_of_layer_norm():
+    """1e-6 (PyTorch's default is 1e-5), seen where the variance is of that size."""
+    model = tiny(num_layers=0, num_classes=0, classifier="unpooled", position_embedding="none")
+    images = pixels()
+    kernel = 1e-4 * np.random.default_rng(0).standard_normal((4, 4, 3, 16), np.float32)
+    norm = {"scale": np.ones(16), "bias": np.zeros(16)}
+    params = {
+        "embedding": {"kernel": kernel, "bias": np.zeros(16)},
+        "Transformer": {"encoder_norm": norm},
+    }
+    patches = images.reshape(2, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 4, 48)
+    tokens = patches @ kernel.reshape(48, 16)
+    centred = tokens - tokens.mean(-1, keepdims=True)
+    expected = centred / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(apply(model, params, images), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_gap_leaves_registers_out():
     """Without any block the registers touch nothing, so gap must not change at all."""
     images = pixels()
@@ -451,14 +468,18 @@ def test_stochastic_depth_grows_linearly(scan_layers):
         return [tokens, *(inside[f"encoderblock_{i}"]["__call__"][0] for i in range(3))]
 
     tokens = blocks(params, images)
-    dropped = [
-        float((before == after).all(axis=(1, 2)).mean())
+    untouched = [
+        np.asarray((before == after).all(axis=(1, 2)))
         for before, after in zip(tokens[:-1], tokens[1:], strict=True)
     ]
+    dropped = [block.mean() for block in untouched]
     # Five standard deviations of a binomial with 4000 draws.
     assert dropped[0] == 0.0
     assert dropped[1] == pytest.approx(0.3**2, abs=0.023)
     assert dropped[2] == pytest.approx(0.6**2, abs=0.038)
+    assert (untouched[1] & untouched[2]).mean() == pytest.approx(
+        0.18**2, abs=0.014
+    )  # blocks draw for themselves
 
 
 def test_stochastic_depth_keeps_the_expectation():

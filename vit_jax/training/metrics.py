@@ -25,10 +25,9 @@ class MetricsLog:
         self._cut_back(resumed_step)
         self._file = self._path.open("a")
         self._events = EventFileWriter(str(workdir))
-        if resumed_step:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._events.add_event(
-                event_pb2.Event(wall_time=time.time(), step=resumed_step + 1, session_log=start))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.add_event(
+            event_pb2.Event(wall_time=time.time(), step=resumed_step + 1, session_log=start))
 
     def _cut_back(self, step):
         kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step]

@@ -14,7 +14,7 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
     """Learning rate of update `step` (0 for the first): linear warmup from 0, then decay.
 
     Raises:
-      UserError: the warmup leaves no steps.
+      UserError: the warmup leaves no steps, or the decay would end above its peak.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
     warmup = schedule.warmup_steps
@@ -23,13 +23,13 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
             f"config.schedule.warmup_steps={warmup} leaves none of the {total_steps} steps; "
             "use fewer."
         )
+    if schedule.name in ("cosine", "linear") and schedule.end_value > peak:
+        raise UserError(
+            f"config.schedule.end_value={schedule.end_value} is above "
+            f"config.optimizer.learning_rate={peak}; use less."
+        )
     steps = total_steps - warmup
     if schedule.name == "cosine":
-        if schedule.end_value > peak:
-            raise UserError(
-                f"config.schedule.end_value={schedule.end_value} is above "
-                f"config.optimizer.learning_rate={peak}."
-            )
         alpha = schedule.end_value / peak if peak else 0.0
         decay = optax.cosine_decay_schedule(peak, steps, alpha)
     elif schedule.name == "linear":

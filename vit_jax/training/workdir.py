@@ -58,9 +58,13 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
     path = workdir / "config.json"
     try:
         return config_lib.from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
-        what = "holds no run (no config.json)" if workdir.is_dir() else "does not exist"
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is no folder" if workdir.exists() else "does not exist"
+        what = "holds no run (no config.json)" if workdir.is_dir() else what
         raise UserError(f"The workdir {workdir} {what}; give the --workdir of a run.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions."
+                        ) from None
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a config of ours: {error}.") from None
 

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# One machine, all its accelerators (or its CPU): trains, and starts again after a preemption.
+#
+#   launch/local.sh --config=configs/quickstart.py --workdir=runs/quickstart [--config.key=value ...]
+#
+# Exit code 75 means that the run was told to stop (SIGTERM) and has saved; with RESTART=1 it is
+# started again, for as long as that is how it ends.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+# Compiled programs are kept, so that a restart does not compile again. Keep the folder private:
+# whoever can write to it can run code as you.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/vit_jax/compiled}"
+
+while true; do
+  python -m vit_jax.main "$@"
+  code=$?
+  if [ "$code" -ne 75 ] || [ "${RESTART:-0}" != 1 ]; then
+    exit "$code"
+  fi
+  echo "stopped and saved; starting again" >&2
+done
