@@ -11,17 +11,17 @@ from vit_jax.config import base_config
 
 def get_config():
     config = base_config()
-    config.total_steps = 1000
+    config.total_steps = 1500
     config.batch_size = 64
     config.eval_batch_size = 360
     config.log_every = 50
-    config.eval_every = 250
-    config.checkpoint_every = 250
+    config.eval_every = 300
+    config.checkpoint_every = 300
 
     config.model.variant = "Ti/16"
     config.model.patch_size = 4
     config.model.hidden_size = 64
-    config.model.mlp_dim = 128
+    config.model.mlp_dim = 256
     config.model.num_heads = 4
     config.model.num_layers = 4
     config.model.classifier = "gap"
@@ -29,10 +29,11 @@ def get_config():
 
     config.data.source = "digits"
     config.data.image_size = 16
-    config.data.train_crop = "pad"
-    config.data.crop_padding = 1
+    config.data.train_crop = "inception"
+    config.data.crop_area = (0.7, 1.0)
     config.data.flip = False  # a mirrored 2 is no 2
 
+    config.loss.label_smoothing = 0.1
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.05

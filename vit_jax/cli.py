@@ -64,13 +64,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         """Parses all arguments; an unknown one is an error that names the nearest flag."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        names = [argument.split("=")[0] for argument in arguments]
+        # Before argparse, which would rather say that the flag that was meant is missing.
+        for name in names[: names.index("--") if "--" in names else None]:
+            if name.startswith("--") and name not in flags:
+                keys = [f"--config.{key}" for key in FIELDS] if "--config" in flags else []
+                close = difflib.get_close_matches(name, [*flags, *keys], n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                self.error(f"unknown argument {name!r}{hint}")
         known, unknown = self.parse_known_args(arguments)
         if unknown:
-            name = unknown[0].split("=")[0]
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(name, [*flags, "--config.KEY"], n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            self.error(f"unknown argument {unknown[0]!r}{hint}")
+            self.error(f"unknown argument {unknown[0]!r}")
         return known
 
 
@@ -100,7 +105,8 @@ def load_config(argument: str) -> ml_collections.ConfigDict:
     """Runs `get_config` of `FILE.py` or `FILE.py:ARGS`; ARGS is passed as one string.
 
     Raises:
-      UserError: no such file, no get_config, or the file's own error with its line.
+      UserError: no such file, no get_config, a key or value that cannot be, or the file's own
+        error with its line.
     """
     # The first '.py:' separates, so that arguments and Windows drives may hold colons.
     path, separator, config_argument = argument.partition(".py:")
@@ -110,28 +116,42 @@ def load_config(argument: str) -> ml_collections.ConfigDict:
     try:
         module = runpy.run_path(str(file))
         if "get_config" not in module:
-            raise UserError(f"{file} defines no get_config() that returns a config.")
+            raise UserError("it defines no get_config() that returns a config.")
         arguments = (config_argument,) if separator else ()
+        _check_call(module["get_config"], arguments, file)
         config = module["get_config"](*arguments)
-    except UserError:
-        raise
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(f"get_config() returned {type(config).__name__}, not a ConfigDict.")
+        return from_json(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     except Exception as error:  # the user's own code: any error of it is a mistake in that file
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
         line = f", line {frames[-1].lineno}" if frames else ""
         what = str(error).splitlines()[0] if str(error) else ""
         raise UserError(f"{file}{line}: {type(error).__name__}: {what}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"{file}: get_config() returned {type(config).__name__}, not a ConfigDict.")
-    return config
+
+
+def _check_call(get_config, arguments, file):
+    signature = inspect.signature(get_config)
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        given = f"the arguments {arguments[0]!r}" if arguments else "no arguments"
+        right = f"{file}" if arguments else f"{file}:ARGS"
+        raise UserError(
+            f"get_config{signature} cannot be called with {given}; write --config={right}."
+        ) from None
 
 
 def _nearest_file(file: Path) -> str:
-    folder = file.parent if file.parent.is_dir() else Path("configs")
-    if not folder.is_dir():
-        return f"; the working directory is {os.getcwd()}."
-    known = [str(path) for path in sorted(folder.glob("*.py"))]
-    close = difflib.get_close_matches(str(file), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; {folder}/ holds {', '.join(known)}."
+    folders = [folder for folder in (Path("configs"), file.parent) if folder.is_dir()]
+    known = {path.name: str(path) for folder in folders for path in sorted(folder.glob("*.py"))}
+    close = difflib.get_close_matches(file.name, known, n=1)
+    if close:
+        return f"; did you mean {known[close[0]]!r}?"
+    here = f"the working directory is {os.getcwd()}"
+    return f"; there are {', '.join(known.values())}." if known else f"; {here}."
 
 
 def apply_overrides(config: ml_collections.ConfigDict, overrides: dict[str, str]) -> None:

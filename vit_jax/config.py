@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_collections
 
+from vit_jax.checkpoints.resize import POSITION_MODES
 from vit_jax.errors import UserError, did_you_mean
 from vit_jax.models.variants import CHOICES as MODEL_CHOICES
 from vit_jax.models.variants import canonical_name
@@ -63,6 +64,12 @@ FIELDS: dict[str, Field] = {
     "mesh.fsdp": Field(1, int, "devices that split batch, parameters and optimizer state",
                        minimum=1),
     "mesh.tensor": Field(1, int, "devices that split heads and MLP hidden layers", minimum=1),
+    "init": Field(None, str, "checkpoint to start from: a file, directory, workdir or name "
+                  "(augreg:B/16)", optional=True),
+    "init_head": Field("auto", str, "'auto' keeps its head if the number of classes agrees",
+                       choices=("auto", "reset")),
+    "init_position_resize": Field("corner_aligned", str, "how its position embedding changes size",
+                                  choices=POSITION_MODES),
     #
     "model.variant": Field("S/16", str, "a name such as B/16, R50+B/16 or R50x1"),
     "model.patch_size": _model(int, "pixels per side of a patch", minimum=1),
@@ -116,7 +123,14 @@ FIELDS: dict[str, Field] = {
                             choices=("squash", "center_crop")),
     "data.eval_resize": Field(None, int, "short side before center_crop; None: 8/7 of image_size",
                               optional=True, minimum=1),
+    "data.interpolation": Field("bilinear", str, "of every resize",
+                                choices=("bilinear", "bicubic")),
     "data.antialias": Field(False, bool, "low-pass filter when shrinking; False as Google's code"),
+    "data.mean": Field(None, float, "of pixels in [0, 1], one or (R, G, B), subtracted from them; "
+                       "None: that of the init checkpoint, else 0.5",
+                       optional=True, item=float, length=3),
+    "data.std": Field(None, float, "that pixels are then divided by", optional=True,
+                      minimum=1e-6, item=float, length=3),
     "data.on_bad_image": Field("error", str, "what an undecodable image does",
                                choices=("error", "skip")),
     "data.max_pixels": Field(100_000_000, int, "largest image that is decoded, in pixels",
@@ -139,6 +153,8 @@ FIELDS: dict[str, Field] = {
                                       choices=("float32", "bfloat16")),
     "optimizer.clip_norm": Field(None, float, "largest global gradient norm", optional=True,
                                  minimum=0),
+    "optimizer.layer_decay": Field(1.0, float, "the learning rate shrinks by this factor a block "
+                                   "from the head down", minimum=0, maximum=1),
     "optimizer.frozen": Field((), tuple, "regular expressions: parameters whose path matches one "
                               "stay as they are", item=str),
     #

@@ -8,18 +8,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax import config as config_lib
+from vit_jax.checkpoints.load import Contents, fit, read
 from vit_jax.data.pipeline import BadImages, eval_batches
 from vit_jax.data.sources import Source, open_eval
 from vit_jax.errors import UserError
 from vit_jax.training import parallel, partition
-from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.state import build_model
-from vit_jax.training.step import make_eval_step
+from vit_jax.training.step import Pixels, make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ def make_evaluator(
     mesh: Mesh,
     source: Source,
     bad_images: BadImages,
+    pixels: Pixels = Pixels(),  # noqa: B008
 ) -> Callable[[Any], Evaluation]:
     """Returns evaluate(params) -> Evaluation on all images of the source.
 
@@ -76,7 +77,7 @@ def make_evaluator(
     the number of devices enters.
     """
     size = config_lib.image_size(config)
-    step = parallel.compile_eval_step(make_eval_step(model, config), mesh)
+    step = parallel.compile_eval_step(make_eval_step(model, config, pixels), mesh)
     shards = partition.batch_shards(mesh)
     # Any size works: the batch is rounded up to the devices, the surplus masked.
     batch_size = -(-(config.eval_batch_size or config.batch_size) // shards) * shards
@@ -111,46 +112,49 @@ def make_evaluator(
     return evaluate
 
 
-def evaluate_workdir(
-    config: ml_collections.ConfigDict, workdir: Path, which: str = "last"
+def evaluate_checkpoint(
+    config: ml_collections.ConfigDict, path: str | Path, which: str = "last"
 ) -> Evaluation:
-    """Evaluates a run's checkpoint, without training.
+    """Evaluates a checkpoint without training, at the config's image size and preprocessing.
 
     Args:
-      config: the run's own; `data` and `eval_batch_size` may differ from it.
-      workdir: of the run.
-      which: 'last' or 'best'.
+      config: read are data, eval_batch_size, dtype, mesh, loss and init_position_resize.
+      path: a run's workdir, or anything that `load_model` reads.
+      which: 'last' or 'best' checkpoint of a workdir.
 
     Raises:
-      UserError: no checkpoint, or data with other classes than the run's.
+      UserError: no checkpoint, or data with other classes than the checkpoint's.
     """
-    directory = workdir / "checkpoints"
-    if not directory.is_dir():
-        raise UserError(f"{workdir} has no checkpoints; train first, or give another --workdir.")
-    checkpoints = Checkpoints(directory, writable=False)
-    step = checkpoints.best_step if which == "best" else checkpoints.last_step
-    if step is None:
-        raise UserError(f"{directory} holds no complete checkpoint.")
-    classes = tuple(checkpoints.meta(step)["class_names"])
+    contents = read(path, checkpoint=which)
+    size = config_lib.image_size(config)
     source = open_eval(
         config.data.source, dir=config.data.dir, eval_split=config.data.eval_split,
-        image_size=config_lib.image_size(config))
-    if source.class_names != classes:
+        image_size=size)
+    known = contents.class_names
+    if (known or source.class_names) != source.class_names or (
+            contents.fields["num_classes"] != len(source.class_names)):
         raise UserError(
-            f"{source.name} has other classes than the run in {workdir}: "
-            f"{len(source.class_names)} against {len(classes)}."
+            f"{source.name} has other classes than {contents.report.source}: "
+            f"{len(source.class_names)} against {contents.fields['num_classes']}."
         )
+    model = contents.module(**(contents.fields | {"dtype": jnp.dtype(config.dtype)}))
     mesh = partition.make_mesh(config)
-    # Checkpoints hold unstacked blocks; evaluation has no use for the scanned form.
-    model = build_model(config, len(classes), config_lib.image_size(config))
-    if getattr(model, "scan_layers", False):
-        model = model.clone(scan_layers=False)
-    params = jax.device_put(checkpoints.restore_arrays(step)["params"], partition.replicated(mesh))
+    params = jax.device_put(fit(contents, model, size, config), partition.replicated(mesh))
     bad_images = BadImages(config.data.on_bad_image)
-    evaluation = make_evaluator(model, config, mesh, source, bad_images)(params)
-    print(f"Checkpoint {step} ({which}) of {workdir} on {source.name}, "
-          f"{config.data.eval_crop} to {config_lib.image_size(config)}:")
+    pixels = pixel_statistics(config, contents)
+    evaluation = make_evaluator(model, config, mesh, source, bad_images, pixels)(params)
+    print(contents.report)
+    print(f"On {source.name}, {config.data.eval_crop} to {size[0]}x{size[1]}:")
     print(evaluation)
     if bad_images.count:
         print(f"{bad_images.count} images could not be decoded and were skipped.")
     return evaluation
+
+
+def pixel_statistics(config: ml_collections.ConfigDict, start: Contents | None) -> Pixels:
+    """Mean and std by the config's word, else by that of the checkpoint, else 0.5."""
+    told = start.preprocessing if start else {}
+    mean, std = (
+        config.data[key] if config.data[key] is not None else told.get(key, 0.5)
+        for key in ("mean", "std"))
+    return Pixels(mean, std)

@@ -7,7 +7,7 @@ import jax
 
 from vit_jax import cli, config
 from vit_jax.errors import UserError
-from vit_jax.evaluate import evaluate_workdir
+from vit_jax.evaluate import evaluate_checkpoint
 from vit_jax.train import train
 from vit_jax.training import workdir as workdir_lib
 from vit_jax.training.stop import StopSignal
@@ -18,25 +18,27 @@ def main(arguments: list[str]) -> None:
     overrides, rest = cli.split_overrides(arguments)
     parser = cli.ArgumentParser(
         prog="python -m vit_jax.main",
-        description="Trains a Vision Transformer, or evaluates a finished run. Starting the same "
-        "command again continues an interrupted run.",
+        description="Trains a Vision Transformer, or evaluates a run (--workdir) or any other "
+        "checkpoint (--config.init). Starting the same command again continues an interrupted run.",
         epilog=f"keys, set with --config.KEY=VALUE (defaults are those of the base config; the "
         f"file may change them):\n{config.describe()}",
     )
     parser.add_argument("--config", metavar="FILE.py[:ARGS]",
                         help="the recipe; for --mode=evaluate the run's own is the default")
-    parser.add_argument("--workdir", metavar="DIR", required=True, type=Path,
+    parser.add_argument("--workdir", metavar="DIR", type=Path,
                         help="holds checkpoints, config, metrics and report")
     parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
                         help="which one --mode=evaluate evaluates")
     flags = parser.parse(rest)
     # A relative path given here must mean the same after the config file ran.
-    workdir = flags.workdir.expanduser().absolute()
-
+    workdir = flags.workdir and flags.workdir.expanduser().absolute()
+    if workdir is None and (flags.mode == "train" or "init" not in overrides):
+        raise UserError("--workdir=DIR is missing" + (
+            "." if flags.mode == "train" else ", or --config.init=CHECKPOINT instead of it."))
     if flags.config:
         settings = cli.load_config(flags.config)
-    elif flags.mode == "evaluate":
+    elif flags.mode == "evaluate" and workdir:
         settings = workdir_lib.read_config(workdir)
     else:
         raise UserError("--config=FILE.py is missing; configs/quickstart.py is a start.")
@@ -48,8 +50,11 @@ def main(arguments: list[str]) -> None:
             with StopSignal() as stop:
                 train(settings, workdir, stop)
         else:
-            workdir_lib.check_same_model(settings, workdir)
-            print(evaluate_workdir(settings, workdir, flags.checkpoint).final_line(), flush=True)
+            if workdir:
+                workdir_lib.check_same_model(settings, workdir)
+            evaluation = evaluate_checkpoint(
+                settings, workdir or settings.init, flags.checkpoint)
+            print(evaluation.final_line(), flush=True)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from vit_jax.evaluate import Evaluation
 from vit_jax.training.metrics import read_metrics
 
+_FONT = "DejaVu Sans"  # comes with matplotlib
 _MAX_NAMED_CLASSES = 40  # more names than this cannot be read
+_MAX_NAME = 24  # characters; longer names would leave no room for the figure
 
 
 def write_report(
@@ -32,14 +35,14 @@ def write_report(
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False,
-                                "figure.dpi": 150, "font.size": 9}):
+                                "figure.dpi": 150, "font.size": 9, "font.family": _FONT}):
         figures = {
             "curves": _curves(read_metrics(workdir / "metrics.jsonl")),
             "classes": _classes(evaluation, class_names, train_labels),
             "confusion": _confusion(evaluation, class_names),
         }
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+            figure.savefig(folder / f"{name}.png")
     return folder
 
 
@@ -58,7 +61,7 @@ def _curves(entries) -> Figure:
                 axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        if len(series) > 1:
+        if len(series) > 1 and axes.lines:
             axes.legend(frameon=False)
     return figure
 
@@ -68,13 +71,15 @@ def _classes(evaluation, class_names, train_labels) -> Figure:
     splits = [("evaluation", evaluation.labels)]
     if train_labels is not None:
         splits.insert(0, ("training", train_labels))
-    figure = Figure(figsize=(min(12, 4 + 0.25 * count), 2.5 * len(splits)), layout="constrained")
-    panels = figure.subplots(len(splits), 1, squeeze=False)[:, 0]
+    crowded = count * max(map(len, _shown(class_names))) > 60
+    height = 2 * len(splits) + (1.5 if crowded else 0.5)
+    figure = Figure(figsize=(min(12, 4 + 0.25 * count), height), layout="constrained")
+    panels = figure.subplots(len(splits), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (title, labels) in zip(panels, splits, strict=True):
         axes.bar(range(count), np.bincount(labels, minlength=count), width=0.8)
         axes.set(title=f"{title}: {len(labels):,} images", ylabel="images")
         axes.set_xlim(-0.6, count - 0.4)
-        _name_classes(axes.xaxis, class_names, rotation=90 if count > 10 else 0)
+    _name_classes(panels[-1].xaxis, class_names, rotation=90 if crowded else 0)
     return figure
 
 
@@ -102,6 +107,16 @@ def _confusion(evaluation, class_names) -> Figure:
 
 def _name_classes(axis, class_names, rotation):
     if len(class_names) <= _MAX_NAMED_CLASSES:
-        axis.set_ticks(range(len(class_names)), class_names, rotation=rotation)
+        # Literally: $x_1$ is a name here, not a formula.
+        axis.set_ticks(range(len(class_names)), _shown(class_names), rotation=rotation,
+                       parse_math=False)
     else:
         axis.set_label_text(f"{axis.get_label_text()} class index".strip())
+
+
+def _shown(class_names) -> list[str]:
+    """Names that fit and that the font has letters for; of others the index."""
+    glyphs = font_manager.get_font(font_manager.findfont(_FONT)).get_charmap()
+    short = [name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME - 1]}…" for name in class_names]
+    return [name if all(ord(letter) in glyphs for letter in name) else f"class {index}"
+            for index, name in enumerate(short)]

@@ -7,11 +7,12 @@ import ml_collections
 import numpy as np
 
 from vit_jax import config as config_lib
+from vit_jax.checkpoints.load import fit, read
 from vit_jax.cli import Stopped
 from vit_jax.data.pipeline import BadImages, train_batches
 from vit_jax.data.sources import open_splits
 from vit_jax.errors import UserError
-from vit_jax.evaluate import make_evaluator
+from vit_jax.evaluate import make_evaluator, pixel_statistics
 from vit_jax.models.summary import format_summary, summarize
 from vit_jax.report import write_report
 from vit_jax.training import parallel, partition
@@ -46,7 +47,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     # Devices, model, optimizer.
     mesh = partition.make_mesh(config)
     parallel.check_batch_size(config, mesh)
-    model = build_model(config, len(classes), size)
+    start = read(config.init) if config.init else None
+    pixels = pixel_statistics(config, start)
+    model = build_model(config, len(classes), size, start.fields if start else None)
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
     init = make_init(model, optimizer, size, config.seed)
@@ -61,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     for line in [*notes, *(f"changed since this run began: {change}" for change in changes)]:
         print(f"note: {line}")
     checkpoints = Checkpoints(workdir / "checkpoints")
-    meta = describe_run(config, classes, len(train_source))
+    meta = describe_run(config, model, pixels, classes, len(train_source))
     first_step = checkpoints.last_step or 0
     if first_step > total_steps:
         raise UserError(f"{workdir} is at step {first_step}, beyond the {total_steps} steps asked "
@@ -72,11 +75,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
         print(f"Continuing from step {first_step}.", flush=True)
     else:
         state = jax.jit(init, out_shardings=shardings)()
+        if start:
+            params = fit(start, model, size, config)
+            state = state.replace(params=jax.device_put(params, shardings.params))
+            print(start.report)
 
     train_step = parallel.compile_train_step(
-        lambda axis_name: make_train_step(model, optimizer, schedule, config, axis_name=axis_name),
+        lambda axis_name: make_train_step(
+            model, optimizer, schedule, config, pixels=pixels, axis_name=axis_name),
         config, mesh, shardings)
-    evaluate = make_evaluator(model, config, mesh, eval_source, bad_images)
+    evaluate = make_evaluator(model, config, mesh, eval_source, bad_images, pixels)
     batches = train_batches(train_source, config, size, bad_images, first_step=first_step)
     log = MetricsLog(workdir, first_step)
     progress = Progress(first_step, total_steps, config.batch_size)

@@ -18,8 +18,14 @@ _ATTEMPTS = 10
 _LONGEST = 16  # times as long as the crop, for the same short side
 
 
-def resize(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
-    """Bilinear, with half-pixel centres.
+_CV2 = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def resize(
+    image: np.ndarray, size: tuple[int, int], *, antialias: bool, interpolation: str = "bilinear"
+) -> np.ndarray:
+    """Bilinear or bicubic, with half-pixel centres.
 
     Args:
       image: uint8 [H, W, 3].
@@ -27,6 +33,7 @@ def resize(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.n
       antialias: False weighs the four nearest pixels, as `tf.image.resize` and PyTorch's
         `interpolate(mode='bilinear')` do (to one grey level: OpenCV rounds the weights); True
         widens the filter by the scale when shrinking, as Pillow does.
+      interpolation: 'bilinear' or 'bicubic'.
 
     Returns:
       uint8 [height, width, 3]; the image itself where it already has the size.
@@ -35,8 +42,8 @@ def resize(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.n
     if image.shape[:2] == (height, width):
         return image
     if antialias:
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        return np.asarray(Image.fromarray(image).resize((width, height), _PILLOW[interpolation]))
+    return cv2.resize(image, (width, height), interpolation=_CV2[interpolation])
 
 
 def inception_crop(
@@ -47,6 +54,7 @@ def inception_crop(
     area: tuple[float, float] = (0.05, 1.0),
     aspect: tuple[float, float] = (0.75, 4 / 3),
     antialias: bool,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """A crop of random area, shape and place, resized (Szegedy et al., arXiv 1409.4842, §6).
 
@@ -56,10 +64,11 @@ def inception_crop(
       rng: where the randomness comes from.
       area: range of the crop's share of the image.
       aspect: range of the crop's width / height, before it is resized.
-      antialias: see `resize`.
+      antialias, interpolation: see `resize`.
     """
     top, left, height, width = inception_box(*image.shape[:2], rng, area=area, aspect=aspect)
-    return resize(image[top:top + height, left:left + width], size, antialias=antialias)
+    crop = image[top:top + height, left:left + width]
+    return resize(crop, size, antialias=antialias, interpolation=interpolation)
 
 
 def inception_box(
@@ -93,25 +102,33 @@ def pad_crop(
     *,
     padding: int,
     antialias: bool = True,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """A shift by up to `padding` pixels, with zeros coming in (He et al., arXiv 1512.03385, §4.2).
 
     An image of another size is resized first.
     """
-    image = resize(image, size, antialias=antialias)
+    image = resize(image, size, antialias=antialias, interpolation=interpolation)
     height, width = size
     top, left = (int(start) for start in rng.integers(2 * padding + 1, size=2))
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     return np.ascontiguousarray(padded[top:top + height, left:left + width])
 
 
-def squash(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
+def squash(
+    image: np.ndarray, size: tuple[int, int], *, antialias: bool, interpolation: str = "bilinear"
+) -> np.ndarray:
     """The whole image, its aspect given up: the evaluation of Google's code."""
-    return resize(image, size, antialias=antialias)
+    return resize(image, size, antialias=antialias, interpolation=interpolation)
 
 
 def center_crop(
-    image: np.ndarray, size: tuple[int, int], *, resize_to: int, antialias: bool
+    image: np.ndarray,
+    size: tuple[int, int],
+    *,
+    resize_to: int,
+    antialias: bool,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """The middle of an image, its aspect kept: torchvision's `Resize` and `CenterCrop`.
 
@@ -123,7 +140,7 @@ def center_crop(
       image: uint8 [H, W, 3].
       size: (height, width) of the result.
       resize_to: pixels, at least min(size).
-      antialias: see `resize`.
+      antialias, interpolation: see `resize`.
 
     Raises:
       UserError: `resize_to` is smaller than the crop.
@@ -142,7 +159,8 @@ def center_crop(
     else:
         new_width = width * resize_to // min(size)
         new_height = full_height * new_width // full_width
-    image = resize(image, (new_height, new_width), antialias=antialias)
+    image = resize(
+        image, (new_height, new_width), antialias=antialias, interpolation=interpolation)
     top, left = round((new_height - height) / 2), round((new_width - width) / 2)
     return np.ascontiguousarray(image[top:top + height, left:left + width])
 

@@ -149,20 +149,23 @@ def train_crop(image, size, rng, data: ml_collections.ConfigDict) -> np.ndarray:
     """The augmentation that `data.train_crop` names; uint8 [h, w, 3] to [H, W, 3]."""
     if data.train_crop == "inception":
         return augment.inception_crop(
-            image, size, rng, area=data.crop_area, aspect=data.crop_aspect,
-            antialias=data.antialias)
+            image, size, rng, area=data.crop_area, aspect=data.crop_aspect, **_resizing(data))
     if data.train_crop == "pad":
         return augment.pad_crop(
-            image, size, rng, padding=data.crop_padding, antialias=data.antialias)
-    return augment.squash(image, size, antialias=data.antialias)
+            image, size, rng, padding=data.crop_padding, **_resizing(data))
+    return augment.squash(image, size, **_resizing(data))
 
 
 def eval_crop(image, size, data: ml_collections.ConfigDict) -> np.ndarray:
     """The evaluation's view that `data.eval_crop` names; uint8 [h, w, 3] to [H, W, 3]."""
     if data.eval_crop == "squash":
-        return augment.squash(image, size, antialias=data.antialias)
+        return augment.squash(image, size, **_resizing(data))
     resize_to = data.eval_resize or round(min(size) * 8 / 7)
-    return augment.center_crop(image, size, resize_to=resize_to, antialias=data.antialias)
+    return augment.center_crop(image, size, resize_to=resize_to, **_resizing(data))
+
+
+def _resizing(data):
+    return {"antialias": data.antialias, "interpolation": data.interpolation}
 
 
 def _decode(record: Record, data, bad_images) -> np.ndarray | None:

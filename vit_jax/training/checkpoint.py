@@ -4,6 +4,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -13,7 +14,8 @@ import vit_jax
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
 from vit_jax.models.scan import stack_blocks, unstack_blocks
-from vit_jax.training.state import TrainState
+from vit_jax.training.state import TrainState, model_to_json
+from vit_jax.training.step import Pixels
 
 BEST = "eval/accuracy"
 _NOT_EVALUATED = {BEST: -1.0}  # Orbax warns about checkpoints without metrics
@@ -138,10 +140,15 @@ def _to_disk(state):
 
 
 def describe_run(
-    config: ml_collections.ConfigDict, class_names: tuple[str, ...], train_images: int
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    pixels: Pixels,
+    class_names: tuple[str, ...],
+    train_images: int,
 ) -> dict[str, Any]:
     """`meta` of a run's checkpoints: enough to use the weights without the command line."""
     return {
+        "model": model_to_json(model),
         "config": config_lib.to_json(config),
         "class_names": list(class_names),
         "train_images": train_images,
@@ -149,9 +156,10 @@ def describe_run(
             "image_size": list(config_lib.image_size(config)),
             "crop": config.data.eval_crop,
             "resize": config.data.eval_resize,
+            "interpolation": config.data.interpolation,
             "antialias": config.data.antialias,
-            "mean": 0.5,
-            "std": 0.5,
+            "mean": pixels.mean,
+            "std": pixels.std,
         },
         "versions": {name: importlib.metadata.version(name)
                      for name in ("jax", "flax", "optax", "orbax-checkpoint")}

@@ -122,7 +122,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """`75` -> `1m15s`, `4000` -> `1h07m`."""
+    """`75` -> `1m15s`, `4000` -> `1h06m`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"

@@ -69,6 +69,8 @@ def make_optimizer(
         steps.append(optax.scale_by_adam(o.beta1, o.beta2, o.epsilon, mu_dtype=dtype))
     if o.weight_decay:
         steps.append(optax.add_decayed_weights(o.weight_decay, mask=_is_kernel))
+    if o.layer_decay != 1.0:
+        steps.append(_scale_by_layer(o.layer_decay))
     steps.append(optax.scale_by_learning_rate(schedule))
     optimizer = optax.chain(*steps)
     if not o.frozen:
@@ -80,6 +82,37 @@ def make_optimizer(
 
 def _is_kernel(params):
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+    """Layer-wise learning-rate decay as in BEiT and MAE (arXiv 2111.06377, appendix A): 1 for the
+    head and the final norm, `decay` for the last block, down to `decay ** (blocks + 1)` for the
+    embeddings (and a hybrid's ResNet)."""
+
+    def scale(updates):
+        paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
+        names = ["/".join(key.key for key in path) for path in paths]
+        stacked = [len(leaf) for name, leaf in zip(names, jax.tree.leaves(updates), strict=True)
+                   if "/encoderblock/" in name]
+        blocks = stacked[0] if stacked else 1 + max(
+            (int(m[1]) for name in names if (m := re.search(r"encoderblock_(\d+)/", name))),
+            default=-1)
+
+        def factor(name, leaf):
+            if re.match(r"(head|pre_logits|Transformer/encoder_norm)/", name):
+                return 1.0
+            if match := re.search(r"encoderblock_(\d+)/", name):
+                return decay ** (blocks - int(match[1]))
+            if "/encoderblock/" in name:
+                factors = decay ** (blocks - jnp.arange(blocks, dtype=jnp.float32))
+                return factors.reshape(-1, *[1] * (leaf.ndim - 1))
+            return decay ** (blocks + 1)
+
+        leaves, structure = jax.tree.flatten(updates)
+        return structure.unflatten(
+            [leaf * factor(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+
+    return optax.stateless(lambda updates, params: scale(updates))
 
 
 def _frozen_labels(patterns, params):

@@ -1,5 +1,6 @@
 """What a run starts from: the model of its config, and the initial train state."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,15 @@ import ml_collections
 import optax
 
 from vit_jax.errors import UserError
+from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import create_model
+from vit_jax.models.vit import VisionTransformer
+
+# Of the model that a checkpoint was made for: what it must have, and what a config that says
+# nothing else takes over. The rest (patch size, classes, representation layer) can be adapted.
+_MUST_AGREE = ("hidden_size", "mlp_dim", "num_heads", "num_layers", "resnet_stages", "stages",
+               "width_factor")
+_TAKEN_OVER = ("classifier", "activation", "layer_scale", "register_tokens", "position_embedding")
 
 
 @flax.struct.dataclass
@@ -24,21 +33,55 @@ class TrainState:
 
 
 def build_model(
-    config: ml_collections.ConfigDict, num_classes: int, size: tuple[int, int]
+    config: ml_collections.ConfigDict,
+    num_classes: int,
+    size: tuple[int, int],
+    start: dict[str, Any] | None = None,
 ) -> nn.Module:
     """The config's variant with its overrides, checked against the image size.
 
+    Args:
+      config: the run's config.
+      num_classes: of the head.
+      size: (height, width) of the images.
+      start: fields of the model whose checkpoint the run starts from. Its activation, classifier
+        and the like hold where the config says nothing else.
+
     Raises:
-      UserError: an option that the variant does not have, or an image size it cannot take.
+      UserError: an option that the variant does not have, an image size it cannot take, or a
+        variant that the checkpoint is not of.
     """
-    overrides = {k: v for k, v in config.model.items() if k != "variant" and v is not None}
+    start = start or {}
+    overrides = {key: start[key] for key in _TAKEN_OVER if key in start}
+    overrides |= {k: v for k, v in config.model.items() if k != "variant" and v is not None}
     try:
         model = create_model(
             config.model.variant, num_classes=num_classes, dtype=config.dtype, **overrides)
-        jax.eval_shape(lambda: _init_params(model, size, seed=0))
+        params_shapes(model, size)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
+    for key in _MUST_AGREE:
+        ours = getattr(model, key, None)
+        if key in start and ours != start[key]:
+            raise UserError(
+                f"config.init is a model with {key} {start[key]}, but config.model.variant="
+                f"{config.model.variant!r} has {ours}; choose the variant of the checkpoint."
+            )
     return model
+
+
+def model_to_json(model: nn.Module) -> dict[str, Any]:
+    """All fields of a model, to build the same one again with `model_from_json`."""
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
+              if f.name not in ("parent", "name")}
+    return {"kind": type(model).__name__} | fields | {"dtype": jnp.dtype(model.dtype).name}
+
+
+def model_from_json(fields: dict[str, Any]) -> nn.Module:
+    """The inverse of `model_to_json`."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    kind = {"VisionTransformer": VisionTransformer, "ResNet": ResNet}[fields.pop("kind")]
+    return kind(**(fields | {"dtype": jnp.dtype(fields["dtype"])}))
 
 
 def params_shapes(model: nn.Module, size: tuple[int, int]) -> Any:

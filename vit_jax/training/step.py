@@ -9,12 +9,13 @@ A batch is a dictionary of arrays with a leading axis B, made by `vit_jax.data.p
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from vit_jax.training.losses import cross_entropy, targets_from_labels
@@ -24,9 +25,17 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] to float32 [-1, 1]."""
-    return (images.astype(jnp.float32) - 127.5) / 127.5
+class Pixels(NamedTuple):
+    """Mean and standard deviation of pixels in [0, 1], one number or (R, G, B)."""
+
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
+
+
+def normalize(images: jax.Array, pixels: Pixels = Pixels()) -> jax.Array:  # noqa: B008
+    """uint8 [..., C] in [0, 255] to float32, [-1, 1] with the default statistics."""
+    mean, std = (255.0 * np.asarray(x, np.float64) for x in pixels)
+    return (images.astype(jnp.float32) - mean.astype(np.float32)) / std.astype(np.float32)
 
 
 def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
@@ -40,6 +49,7 @@ def make_train_step(
     schedule: optax.Schedule,
     config: ml_collections.ConfigDict,
     *,
+    pixels: Pixels = Pixels(),  # noqa: B008
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the step: forward, backward, update.
@@ -49,6 +59,7 @@ def make_train_step(
       optimizer: turns gradients into updates.
       schedule: learning rate by update, for the metrics.
       config: the run's config; read are seed, accumulation_steps and loss.
+      pixels: what images are normalised with.
       axis_name: pmap's axis, whose devices each hold a part of the batch; None under jit, where
         the batch is one (sharded) array and the compiler sums over devices.
 
@@ -60,8 +71,8 @@ def make_train_step(
 
     def loss_sum(params, batch, key):
         logits = model.apply(
-            {"params": params}, normalize(batch["image"]), train=True, rngs={"dropout": key}
-        )
+            {"params": params}, normalize(batch["image"], pixels), train=True,
+            rngs={"dropout": key})
         targets = targets_from_labels(
             batch["label"], logits.shape[-1], config.loss.label_smoothing)
         losses = cross_entropy(config.loss.name, logits, targets)
@@ -112,12 +123,12 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, config: ml_collections.ConfigDict
+    model: nn.Module, config: ml_collections.ConfigDict, pixels: Pixels = Pixels()  # noqa: B008
 ) -> Callable[[Any, Batch], Metrics]:
     """Builds eval_step(params, batch) -> per image: loss [B], prediction [B] and in_top5 [B]."""
 
     def eval_step(params, batch):
-        logits = model.apply({"params": params}, normalize(batch["image"]), train=False)
+        logits = model.apply({"params": params}, normalize(batch["image"], pixels), train=False)
         num_classes = logits.shape[-1]
         targets = targets_from_labels(batch["label"], num_classes, config.loss.label_smoothing)
         _, best = jax.lax.top_k(logits, min(5, num_classes))

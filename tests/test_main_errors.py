@@ -1,0 +1,216 @@
+"""What a user can do wrong, end to end: a sentence that says what to do, before anything is made."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import __file__ as tiny_file
+
+from vit_jax.errors import UserError
+from vit_jax.main import main
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.metrics import read_metrics
+
+pytestmark = pytest.mark.core
+TINY = f"--config={tiny_file}"
+ONE_BLOCK = [TINY, "--config.model.num_layers=1", "--config.data.workers=0"]
+
+
+def refusal(*arguments):
+    with pytest.raises(UserError) as error:
+        main([TINY, *arguments])
+    return str(error.value)
+
+
+def put(path, seed):
+    """An image of 10x12 random pixels, in the format that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def make_photos(root, corrupt=()):
+    """20 training and 10 validation images, PNG and JPEG; the files in `corrupt` end too early."""
+    for split, count in (("train", 10), ("val", 5)):
+        for label, name in enumerate(("grey cats", "Äpfel")):
+            for i in range(count):
+                put(root / split / name / f"{i}.{('png', 'JPG')[i % 2]}", 100 * label + i)
+    for name in corrupt:
+        path = root / name
+        path.write_bytes(path.read_bytes()[:60])
+    return root
+
+
+def test_refused_before_the_workdir_is_made(tmp_path):
+    """The cases below look for a workdir; this is where they would see one."""
+    with pytest.raises(UserError):
+        main([TINY, f"--workdir={tmp_path / 'run'}", "--config.optimizer.learning_rate=1e30"])
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--config.data.source=folder:{tmp}/nowhere"], "folder:{tmp}/nowhere does not exist; give the"),
+    (["--config.data.source=folder:"], "config.data.source='folder:' needs a path: folder:PATH."),
+    (["--config.data.source=digit"], "config.data.source='digit' is no data source; it must be on"),
+    (["--config.data.eval_split=tset"], "digits has no split 'tset', only 'train', 'test'; did yo"),
+    (["--config.data.source=tfds:cifar10", "--config.data.dir={tmp}"],
+     "tfds:cifar10 is not prepared: no {tmp}/cifar10/VERSION/dataset_info.json."),
+    (["--config.data.source=tfds:cifar10", "--config.data.dir={tmp}/nowhere"],
+     "tfds:cifar10: config.data.dir, {tmp}/nowhere, does not exist; set config.data.dir to where"),
+    (["--config.data.image_size=10"], "config.model: image size 10x10 is not divisible into patc"),
+    (["--config.data.image_size=8,10"], "config.model: image size 8x10 is not divisible into patc"),
+    (["--config.model.num_heads=3"], "config.model: hidden_size 16 is not divisible by num_heads "),
+    (["--config.model.variant=R50x1"], "config.model: R50x1 has no option 'hidden_size'."),
+    (["--config.model.variant=B61"], "config.model.variant: Unknown model variant 'B61'"),
+    (["--config.model.hidden_size=10", "--config.model.position_embedding=sincos_2d"],
+     "config.model: sincos_2d needs a width divisible by 4 and at least 8, not 10."),
+    (["--config.batch_size=12"], "config.batch_size=12 is not divisible by 8 (8 devices x 1 accum"),
+    (["--config.accumulation_steps=4"], "config.batch_size=16 is not divisible by 32 (8 devices x"),
+    (["--config.mesh.fsdp=3"], "config.mesh with data=-1, fsdp=3, tensor=1 does not fit 8 devices"),
+    (["--config.schedule.warmup_steps=6"], "config.schedule.warmup_steps=6 leaves none of the 6 s"),
+    (["--config.optimizer.frozen=nothing"], "config.optimizer.frozen: 'nothing' matches no param"),
+], ids=lambda value: value[0].partition(".")[2] if isinstance(value, list) else "")
+def test_settings_that_cannot_work(tmp_path, arguments, message):
+    """Each names its key; none leaves a workdir behind, which the corrected run could not use."""
+    workdir = tmp_path / "run"
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    text = refusal(f"--workdir={workdir}", *arguments)
+    assert text.startswith(message.format(tmp=tmp_path))
+    assert not workdir.exists()
+
+
+def test_an_empty_class(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    (photos / "train" / "dogs").mkdir()
+    text = refusal(f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder:{photos}")
+    assert f"class 'dogs' is empty: {photos}/train/dogs holds no .jpg" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_that_is_not_trained(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    put(photos / "val" / "dogs" / "1.png", 0)
+    text = refusal(f"--workdir={tmp_path / 'run'}", f"--config.data.source=folder:{photos}")
+    assert f"class 'dogs' is in {photos}/val but not in {photos}/train" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_workdir_that_is_a_file(tmp_path, mode, below):
+    (tmp_path / "file").write_text("mine")
+    text = refusal(f"--workdir={tmp_path / 'file'}{below}", f"--mode={mode}")
+    assert text.startswith(f"The workdir {tmp_path / 'file'}{below} ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments", [[], [TINY]])
+def test_evaluating_nothing(tmp_path, arguments):
+    """Neither with the workdir's own config nor with a recipe."""
+    def evaluate(workdir):
+        with pytest.raises(UserError) as error:
+            main([*arguments, f"--workdir={workdir}", "--mode=evaluate"])
+        return str(error.value)
+
+    assert evaluate(tmp_path / "no") == (
+        f"The workdir {tmp_path / 'no'} does not exist; give the --workdir of a run.")
+    assert evaluate(tmp_path) == (
+        f"The workdir {tmp_path} holds no run (no config.json); give the --workdir of a run.")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"seed": "x"}', '{"sead": 1}', '{"seed":{}}'])
+def test_a_config_json_that_is_not_ours(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError):
+        main([TINY, f"--workdir={tmp_path}"])
+    assert (tmp_path / "config.json").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_evaluating_before_the_first_checkpoint(tmp_path):
+    """As a run leaves it that was stopped while it compiled."""
+    with pytest.raises(UserError, match="became (nan|inf)"):
+        main([*ONE_BLOCK, f"--workdir={tmp_path}", "--config.optimizer.learning_rate=1e30"])
+    with pytest.raises(UserError, match="holds no complete checkpoint|has no checkpoints"):
+        main([f"--workdir={tmp_path}", "--mode=evaluate"])
+
+
+@pytest.fixture(scope="module")
+def photos_run(tmp_path_factory):
+    """A run that skips two corrupt images, one of each split; (folder, workdir, what it printed)."""
+    root = tmp_path_factory.mktemp("with blanks in it ")
+    photos = make_photos(root / "my photos", corrupt=["train/Äpfel/3.JPG", "val/grey cats/2.png"])
+    arguments = [*ONE_BLOCK, f"--workdir={root / 'run'}",
+                 f"--config.data.source=folder:{photos}"]
+    return photos, root / "run", arguments
+
+
+def test_skipped_images_do_not_count(photos_run, capsys, caplog):
+    photos, workdir, arguments = photos_run
+    main([*arguments, "--config.data.on_bad_image=skip", "--config.eval_every=0"])
+    out = capsys.readouterr().out
+    assert "2 images could not be decoded and were skipped." in out
+    assert "20 images, 6 steps of 16" in out
+    assert "Classes   2: grey cats, Äpfel" in out
+    assert out.splitlines()[-1].endswith(" eval/images=9")
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    assert last["eval/images"] == 9
+    assert last["eval/accuracy"] * 9 == pytest.approx(round(last["eval/accuracy"] * 9))
+    for path in ("train/Äpfel/3.JPG", "val/grey cats/2.png"):  # each said once
+        assert sum(f"skipped {photos / path}:" in text for text in caplog.messages) == 1
+
+    checkpoints = Checkpoints(workdir / "checkpoints", writable=False)
+    meta = checkpoints.meta(checkpoints.last_step)
+    assert meta["class_names"] == ["grey cats", "Äpfel"]
+    assert meta["train_images"] == 20
+    assert meta["config"] == json.loads((workdir / "config.json").read_text())
+
+    # Evaluating the run, which only sees the validation images.
+    main([f"--workdir={workdir}", "--mode=evaluate", "--checkpoint=best"])
+    out = capsys.readouterr().out
+    assert "1 images could not be decoded and were skipped." in out and "(best)" in out
+    assert f"eval/accuracy={last['eval/accuracy']:.4f} eval/images=9" == out.splitlines()[-1]
+
+
+def test_a_corrupt_training_image_stops_the_run(photos_run, tmp_path):
+    photos, _, arguments = photos_run
+    with pytest.raises(UserError) as error:
+        main([*arguments, f"--workdir={tmp_path / 'run'}", "--config.data.eval_split=train"])
+    assert str(error.value).startswith(f"{photos / 'train/Äpfel/3.JPG'} cannot be decoded: ")
+    assert "--config.data.on_bad_image=skip" in str(error.value)
+
+
+def test_evaluating_a_corrupt_image(photos_run):
+    _, workdir, _ = photos_run
+    photos = photos_run[0]
+    with pytest.raises(UserError) as error:
+        main([f"--workdir={workdir}", "--mode=evaluate", "--config.data.on_bad_image=error"])
+    assert str(error.value).startswith(f"{photos / 'val/grey cats/2.png'} cannot be decoded: ")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--config.model.num_layers=2"], "model.num_layers: 1 -> 2"),
+    (["--config.model.variant=S/16"], "model.variant: 'Ti/16' -> 'S/16'"),
+    (["--config.data.source=digits"], "digits split 'test' has other classes than the run in "),
+    (["--config.data.eval_split=test"], "has no split 'test', only 'train', 'val'"),
+    (["--config.data.source=folder:/no/where"], "folder:/no/where does not exist"),
+])
+def test_evaluating_as_something_else(photos_run, arguments, message):
+    """Another model's numbers, or another data set's, must not pass for this run's."""
+    _, workdir, _ = photos_run
+    before = sorted(path.name for path in workdir.iterdir())
+    with pytest.raises(UserError) as error:
+        main([f"--workdir={workdir}", "--mode=evaluate", *arguments])
+    assert message in str(error.value)
+    assert sorted(path.name for path in workdir.iterdir()) == before
+
+
+def test_photos_that_changed_since_the_run_began(photos_run):
+    photos, workdir, arguments = photos_run
+    put(photos / "train" / "grey cats" / "new.png", 7)
+    with pytest.raises(UserError, match="number of training images was 20, now it is 21"):
+        main([*arguments, "--config.data.on_bad_image=skip", "--config.eval_every=0",
+              "--config.total_steps=7"])
+    (photos / "train" / "grey cats" / "new.png").unlink()

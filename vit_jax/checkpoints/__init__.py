@@ -1,0 +1,1 @@
+"""Weights of the world: their files, names, layouts and resolutions."""

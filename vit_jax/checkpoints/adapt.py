@@ -1,0 +1,162 @@
+"""Fits loaded parameters to a model: another resolution, patch, number of channels or classes."""
+
+import difflib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.checkpoints import resize
+from vit_jax.checkpoints.layouts import POSITIONS
+from vit_jax.checkpoints.report import LoadReport
+from vit_jax.errors import UserError
+
+Params = dict[str, np.ndarray]  # by path
+
+
+def expected_shapes(model: nn.Module, size: tuple[int, int], channels: int) -> dict[str, tuple]:
+    """Path -> shape of the model's parameters for images of (height, width), blocks unstacked."""
+    if getattr(model, "scan_layers", False):
+        model = model.clone(scan_layers=False)
+    images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+    tree = jax.eval_shape(
+        lambda images: model.init(jax.random.key(0), images, train=False), images)["params"]
+    return {path: leaf.shape for path, leaf in flatten(tree).items()}
+
+
+def adapt(
+    params: Params,
+    model: nn.Module,
+    size: tuple[int, int],
+    *,
+    old_grid: tuple[int, int] | None,
+    report: LoadReport,
+    channels: int = 3,
+    position_resize: str = "corner_aligned",
+    reset_head: bool = False,
+) -> Params:
+    """Returns exactly the parameters that the model needs.
+
+    Args:
+      params: what a checkpoint held.
+      model: what they are wanted for.
+      size: (height, width) of its images.
+      old_grid: rows and columns of the patches the position embedding was made for.
+      report: is told of everything that changes.
+      channels: of its images.
+      position_resize: one of `resize.POSITION_MODES`.
+      reset_head: replaces the head even where the number of classes agrees.
+
+    Raises:
+      UserError: tensors are missing or left over; named with the nearest.
+    """
+    params = dict(params)
+    wanted = expected_shapes(model, size, channels)
+
+    _fit_head(params, wanted, model, reset_head, report)
+    if "pre_logits/kernel" not in wanted:
+        _drop(params, ("pre_logits/kernel", "pre_logits/bias"), "no representation layer asked for",
+              report)
+    if "cls" in params and "cls" not in wanted:
+        _drop(params, ("cls",), "the model has no class token", report)
+        if POSITIONS in params:
+            params[POSITIONS] = params[POSITIONS][:, 1:]
+    if POSITIONS in params and POSITIONS not in wanted:
+        _drop(params, (POSITIONS,), "the model has no learned 1-D position embedding", report)
+
+    for path, tensor in params.items():
+        shape = wanted.get(path)
+        if shape is None or tensor.shape == shape:
+            continue
+        how = None
+        if path == POSITIONS:
+            stride = model.patch_size * model.stem_stride
+            prefix = int("cls" in params)
+            new_grid = (size[0] // stride, size[1] // stride)
+            tensor = resize.resize_position_embedding(
+                tensor, old_grid=old_grid, new_grid=new_grid, prefix=prefix, mode=position_resize)
+            how = f"position embedding, {position_resize}"
+        elif path in ("embedding/kernel", "conv_root/kernel"):
+            how = []
+            if tensor.shape[2] != shape[2] and path == _first_layer(wanted):
+                tensor = resize.adapt_input_channels(tensor, shape[2])
+                how.append("input channels")
+            if tensor.shape[:2] != shape[:2] and path == "embedding/kernel":
+                tensor = resize.resize_patch_kernel(tensor, shape[:2])
+                how.append("patch kernel, pseudo-inverse")
+            how = " and ".join(how)
+        if how and tensor.shape == shape:
+            report.resized.append((path, params[path].shape, shape, how))
+            params[path] = tensor
+
+    _check_complete(params, wanted, report)
+    return params
+
+
+def _first_layer(wanted):
+    return "conv_root/kernel" if "conv_root/kernel" in wanted else "embedding/kernel"
+
+
+def _fit_head(params, wanted, model, reset_head, report):
+    names = ("head/kernel", "head/bias")
+    if names[0] not in wanted:
+        _drop(params, names, "features are asked for, not classes", report)
+        return
+    have = params.get(names[0])
+    if have is not None and have.shape == wanted[names[0]] and not reset_head:
+        return
+    why = "asked for" if have is not None and have.shape == wanted[names[0]] else (
+        "the file has no head" if have is None else
+        f"{have.shape[-1]} classes in the file, {wanted[names[0]][-1]} in the model")
+    params[names[0]] = np.zeros(wanted[names[0]], np.float32)
+    params[names[1]] = np.full(wanted[names[1]], model.head_bias_init, np.float32)
+    report.reset += [(name, wanted[name], why) for name in names]
+
+
+def _drop(params, names, why, report):
+    for name in names:
+        if name in params:
+            report.dropped.append((name, params.pop(name).shape, why))
+
+
+def _check_complete(params, wanted, report):
+    report.missing = [(path, shape) for path, shape in wanted.items() if path not in params]
+    surplus = [path for path in params if path not in wanted]
+    other = [path for path in wanted if path in params and params[path].shape != wanted[path]]
+    lines = []
+    for path, shape in report.missing:
+        near = difflib.get_close_matches(path, surplus, n=1)
+        lines.append(f"missing {path} {list(shape)}" + (f", nearest: {near[0]}" if near else ""))
+    for path in surplus:
+        near = difflib.get_close_matches(path, list(wanted), n=1)
+        lines.append(f"left over {path} {list(params[path].shape)}"
+                     + (f", nearest: {near[0]}" if near else ""))
+    lines += [f"{path} is {list(params[path].shape)}, wanted {list(wanted[path])}"
+              for path in other]
+    if lines:
+        shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
+        raise UserError(
+            f"{report.source} does not fit the model:\n  " + "\n  ".join(shown))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'head/kernel': ..., ...} from nested dictionaries."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {
+            prefix + key: value}
+    return flat
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree

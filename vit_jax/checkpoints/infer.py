@@ -1,0 +1,178 @@
+"""From the shapes of a checkpoint, and a config beside it, to the fields of a model."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoints.layouts import BLOCK, POSITIONS, Structure
+from vit_jax.checkpoints.report import LoadReport
+from vit_jax.errors import UserError
+from vit_jax.models.resnet import total_stride
+
+# Attention heads by width, where a fused or flat query matrix does not show them: DeiT and AugReg's
+# Ti and S, the paper's B, L and H, and g and G (arXiv 2106.04560).
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+                "gelu_new": "gelu_tanh"}
+
+
+def num_heads(width: int, config: Mapping[str, Any] | None, report: LoadReport) -> int:
+    """Attention heads of a file whose tensors do not show them.
+
+    Raises:
+      UserError: an unknown width, and no config that tells.
+    """
+    config = config or {}
+    told = config.get("num_attention_heads") or (config.get("model_args") or {}).get("num_heads")
+    if told:
+        return int(told)
+    if width in HEADS:
+        report.assumptions.append(f"{HEADS[width]} attention heads, usual for width {width}")
+        return HEADS[width]
+    raise UserError(
+        f"{report.source}: the number of attention heads cannot be told from the shapes, and no "
+        f"convention exists for width {width}; pass num_heads=."
+    )
+
+
+def model_fields(params: Mapping[str, np.ndarray], structure: Structure) -> dict[str, Any]:
+    """Everything about a `VisionTransformer` that the shapes of our parameters tell."""
+    kernel = params["embedding/kernel"]
+    block = BLOCK.format(0)
+    query = params[f"{block}MultiHeadDotProductAttention_0/query/kernel"]
+    fields = dict(
+        num_classes=params["head/kernel"].shape[-1] if structure.head else 0,
+        patch_size=kernel.shape[0],
+        hidden_size=kernel.shape[-1],
+        mlp_dim=params[f"{block}MlpBlock_0/Dense_0/kernel"].shape[-1],
+        num_heads=query.shape[1],
+        num_layers=structure.num_layers,
+        resnet_stages=structure.resnet_stages,
+        classifier="token" if structure.class_token else "gap",
+        position_embedding="learned_1d" if structure.positions else "none",
+    )
+    if structure.pre_logits:
+        fields["representation_size"] = params["pre_logits/kernel"].shape[-1]
+    if structure.registers:
+        fields["register_tokens"] = params["register_tokens"].shape[1]
+    if structure.layer_scale:
+        fields["layer_scale"] = 1e-5  # its initial value; the file holds the trained one
+    return fields
+
+
+def activation(dialect: str, config: Mapping[str, Any] | None, report: LoadReport) -> str:
+    """The MLP's activation: a config's word, else the dialect's custom."""
+    config = config or {}
+    told = config.get("hidden_act") or (config.get("model_args") or {}).get("act_layer")
+    if told:
+        if told not in _ACTIVATIONS:
+            raise UserError(f"{report.source}: its config says activation {told!r}; known are "
+                            f"{', '.join(_ACTIVATIONS)}.")
+        return _ACTIVATIONS[told]
+    chosen = "gelu_tanh" if dialect == "google" else "gelu"
+    if not config:
+        report.assumptions.append(
+            f"activation {chosen}, as {'Google' if dialect == 'google' else 'PyTorch'} has it")
+    return chosen
+
+
+def with_class_slot(
+    params: dict[str, np.ndarray], structure: Structure, size: tuple[int, int] | None
+) -> None:
+    """Gives the class token a slot in the position embedding where a file has none (big_vision,
+    DeiT III, models with registers): zeros, which is what it got there."""
+    if not (structure.class_token and structure.positions):
+        return
+    positions = params[POSITIONS]
+    tokens = positions.shape[1]
+    grid = None if size is None else math.prod(size)
+    has_no_slot = tokens == grid if grid else math.isqrt(tokens) ** 2 == tokens
+    if has_no_slot:
+        params[POSITIONS] = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
+
+
+def position_grid(
+    params: Mapping[str, np.ndarray], structure: Structure, told: tuple[int, int] | None,
+    report: LoadReport,
+) -> tuple[int, int] | None:
+    """(rows, columns) of the patches that the position embedding was made for.
+
+    Raises:
+      UserError: no square number of patches, and no image size that explains it.
+    """
+    if not structure.positions:
+        return told
+    count = params[POSITIONS].shape[1] - structure.class_token
+    if told and math.prod(told) == count:
+        return told
+    side = math.isqrt(count)
+    if side * side != count:
+        raise UserError(
+            f"{report.source}: its {count} position embeddings are no square grid; pass "
+            "image_size=(height, width) of the images it was trained on."
+        )
+    return side, side
+
+
+def stride(params: Mapping[str, np.ndarray], structure: Structure) -> int:
+    """Pixels per side of what one token sees."""
+    stem = 1 if structure.resnet_stages is None else total_stride(structure.resnet_stages)
+    return stem * params["embedding/kernel"].shape[0]
+
+
+def told_image_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """(height, width) that a timm or Hugging Face config names."""
+    config = config or {}
+    size = (config.get("pretrained_cfg") or {}).get("input_size") or config.get("image_size")
+    if size is None:
+        return None
+    if isinstance(size, (list, tuple)):
+        return tuple(size[-2:])
+    return size, size
+
+
+def preprocessing(
+    dialect: str, structure: Structure, size: tuple[int, int],
+    config: Mapping[str, Any] | None, preprocessor: Mapping[str, Any] | None, report: LoadReport,
+) -> dict[str, Any]:
+    """How the model wants its images, in the form of our own checkpoints' `preprocessing`."""
+    result = dict(image_size=list(size), crop="squash", resize=None, interpolation="bilinear",
+                  antialias=dialect != "google", mean=0.5, std=0.5)
+    timm = (config or {}).get("pretrained_cfg")
+    if timm:
+        result |= dict(mean=list(timm["mean"]), std=list(timm["std"]),
+                       interpolation=_interpolation(timm.get("interpolation", "bicubic")))
+        if timm.get("crop_mode", "center") != "squash":
+            result |= dict(crop="center_crop",
+                           resize=math.floor(min(size) / timm.get("crop_pct", 0.875)))
+    elif preprocessor:
+        result |= dict(mean=list(preprocessor.get("image_mean", [0.5] * 3)),
+                       std=list(preprocessor.get("image_std", [0.5] * 3)),
+                       interpolation={2: "bilinear", 3: "bicubic"}.get(
+                           preprocessor.get("resample", 2), "bilinear"))
+    elif dialect == "timm" and not structure.head:
+        result |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        report.assumptions.append(
+            "ImageNet's mean and std, as DINO, DINOv2 and MAE have them (there is no head)")
+    else:
+        report.assumptions.append("mean 0.5 and std 0.5")
+    return result
+
+
+def _interpolation(name):
+    return name if name in ("bilinear", "bicubic") else "bicubic"
+
+
+def class_names(config: Mapping[str, Any] | None, count: int) -> tuple[str, ...] | None:
+    """Names from a timm or Hugging Face config, if it names every class."""
+    config = config or {}
+    names = config.get("label_names")
+    if config.get("id2label"):
+        names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
+        if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
+            return None  # Hugging Face's placeholder
+    return tuple(map(str, names)) if names and len(names) == count else None

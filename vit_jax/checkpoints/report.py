@@ -1,0 +1,45 @@
+"""What happened to every tensor when a checkpoint was loaded."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class LoadReport:
+    """An account of a load; `str(report)` is for people.
+
+    Attributes:
+      source: what was read.
+      dialect: whose names it has: 'google', 'timm', 'hf', 'torchvision' or 'vit_jax'.
+      renamed: (name in the file, our path, shape), one for each of our parameters.
+      resized: (our path, old shape, new shape, how).
+      reset: (our path, new shape, why): parameters that were initialised anew.
+      dropped: (name in the file, shape, why).
+      missing: (our path, shape) that the file does not have; not empty only inside an error.
+      assumptions: what neither the shapes nor a config said.
+      warnings: what is probably not as the user thinks.
+    """
+
+    source: str
+    dialect: str
+    renamed: list[tuple[str, str, tuple]] = dataclasses.field(default_factory=list)
+    resized: list[tuple[str, tuple, tuple, str]] = dataclasses.field(default_factory=list)
+    reset: list[tuple[str, tuple, str]] = dataclasses.field(default_factory=list)
+    dropped: list[tuple[str, tuple, str]] = dataclasses.field(default_factory=list)
+    missing: list[tuple[str, tuple]] = dataclasses.field(default_factory=list)
+    assumptions: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.renamed)} parameters from {self.dialect} names"]
+        lines += [f"  resized  {path} {_shape(old)} -> {_shape(new)} ({how})"
+                  for path, old, new, how in self.resized]
+        lines += [f"  reset    {path} {_shape(shape)} ({why})" for path, shape, why in self.reset]
+        lines += [f"  dropped  {name} {_shape(shape)} ({why})" for name, shape, why in self.dropped]
+        lines += [f"  missing  {path} {_shape(shape)}" for path, shape in self.missing]
+        lines += [f"  assumed  {text}" for text in self.assumptions]
+        lines += [f"  warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def _shape(shape):
+    return "x".join(map(str, shape)) or "scalar"
