@@ -34,6 +34,9 @@ setup(
         "simplejpeg>=1.8",
         "opencv-python-headless>=4.10",
         "scikit-learn>=1.5",  # the built-in digits
+        # Checkpoints of other libraries; requests is what tensorflow-datasets downloads with too.
+        "safetensors>=0.4.5",
+        "requests>=2.31",
         # What a run shows.
         "matplotlib>=3.9",
         "tensorboard>=2.18",

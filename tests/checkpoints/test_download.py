@@ -1,4 +1,5 @@
 import errno
+import gzip
 import http.server
 import itertools
 import os
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 
 from vit_jax.checkpoints import download as module
 from vit_jax.checkpoints.download import cached_path, download
@@ -29,16 +31,20 @@ class Server:
     """Serves one file to whatever address. `plan` holds one dict for each request to come:
 
     drop: close the connection after so many bytes; ignore_range, ignore_if_range: a server that
-    does not know the header; shift: answer another range than asked; claim: say another size;
-    status, headers: of the answer; wait: an event to wait for after half of the file.
+    does not know the header; shift, at_most: answer another range than asked; claim: say another
+    size; status, headers: of the answer; wait: an event to wait for after half of the file.
     """
 
     def __init__(self):
         self.content, self.headers = CONTENT, {"ETag": '"one"'}
-        self.plan, self.ranges = [], []  # ranges: the Range header of each request so far
+        self.plan, self.requests = [], []  # requests: the headers of each so far
         self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         threading.Thread(target=self._http.serve_forever, args=(0.01,)).start()
         self.url = f"http://127.0.0.1:{self._http.server_port}/models/ViT-B_16.npz"
+
+    @property
+    def ranges(self):
+        return [headers["Range"] for headers in self.requests]
 
     def close(self):
         self._http.shutdown()
@@ -47,7 +53,7 @@ class Server:
     def _handler(server):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                server.ranges.append(self.headers["Range"])
+                server.requests.append(self.headers)
                 server.answer(self, **(server.plan.pop(0) if server.plan else {}))
 
             def log_message(self, *args):
@@ -56,7 +62,7 @@ class Server:
         return Handler
 
     def answer(self, handler, drop=None, ignore_range=False, ignore_if_range=False, shift=0,
-               claim=None, status=None, headers=(), wait=None):
+               at_most=None, claim=None, status=None, headers=(), wait=None):
         content, start = self.content, 0
         size = claim or len(content)
         answer_headers = self.headers | dict(headers)
@@ -66,12 +72,13 @@ class Server:
             ignore_if_range or handler.headers["If-Range"] in versions
         ):
             start = int(wanted[1]) - shift
-            answer_headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+            content = content[:start + at_most] if at_most else content
+            answer_headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{size}"
             status = status or (206 if start < len(content) else 416)
         body = content[start:] if status in (None, 200, 206) else b""
         handler.send_response(status or 200)
         if "Content-Length" not in answer_headers:
-            answer_headers["Content-Length"] = str(size - start if body else 0)
+            answer_headers["Content-Length"] = str(claim or len(body))
         for key, value in answer_headers.items():
             if value is not None:
                 handler.send_header(key, value)
@@ -109,7 +116,7 @@ def interrupted_download(server, **plan):
     server.plan = [{"drop": HALF}, {"status": 404}]
     with pytest.raises(UserError):
         download(server.url)
-    server.plan, server.ranges = [plan], []
+    server.plan, server.requests = [plan], []
     part = Path(f"{cached_path(server.url)}.part")
     assert part.stat().st_size > HALF - 2 * module.CHUNK
     return part.stat().st_size
@@ -162,6 +169,8 @@ def test_resumes_an_earlier_download(server):
     offset = interrupted_download(server)
     assert_downloaded(download(server.url))
     assert server.ranges == [f"bytes={offset}-"]
+    assert server.requests[0]["If-Range"] == '"one"'
+    assert server.requests[0]["Accept-Encoding"] == "identity"
 
 
 def test_by_date_where_there_is_no_strong_etag(server):
@@ -169,6 +178,32 @@ def test_by_date_where_there_is_no_strong_etag(server):
     offset = interrupted_download(server)
     assert_downloaded(download(server.url))
     assert server.ranges == [f"bytes={offset}-"]
+    assert server.requests[0]["If-Range"] == server.headers["Last-Modified"]
+
+
+def test_resumes_as_long_as_something_arrives(server):
+    server.plan = [{"drop": 150_000}] * 10
+    assert_downloaded(download(server.url))
+    assert len(server.ranges) > module.ATTEMPTS
+
+
+def test_resumes_when_the_network_is_back(server, monkeypatch):
+    get, addresses = requests.get, [server.url, "http://127.0.0.1:9/", server.url]  # 9: no server
+    monkeypatch.setattr(requests, "get", lambda url, **options: get(addresses.pop(), **options))
+    server.plan = [{"drop": HALF}]
+    assert_downloaded(download(server.url))
+    assert not addresses and len(server.ranges) == 2
+
+
+def test_ranges_shorter_than_asked_for(server):
+    interrupted_download(server, at_most=1000)
+    assert_downloaded(download(server.url))
+    assert len(server.ranges) == 2 and server.ranges[1].startswith("bytes=")
+
+
+def test_what_was_compressed_on_the_way(server):
+    server.content, server.headers = gzip.compress(CONTENT), {"Content-Encoding": "gzip"}
+    assert_downloaded(download(server.url, expected_size=len(CONTENT)))
 
 
 def test_starts_over_where_versions_have_no_name(server):
@@ -243,6 +278,7 @@ def test_expected_size(server, length):
     server.plan = [{"headers": {"Content-Length": length}}] * 2
     with pytest.raises(UserError, match=f"has {len(CONTENT)} bytes, not 1000"):
         download(server.url, expected_size=1000)
+    assert Path(f"{cached_path(server.url)}.part").exists() == (length is None)
     path = download(server.url, expected_size=len(CONTENT))
     assert_downloaded(path)
     with pytest.raises(UserError, match="delete it"):

@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_jax.checkpoints import files, google, infer, layouts, names
 from vit_jax.checkpoints.adapt import adapt, flatten, nest
+from vit_jax.checkpoints.download import download
 from vit_jax.checkpoints.report import LoadReport
 from vit_jax.errors import UserError, did_you_mean
 from vit_jax.models.resnet import ResNet
@@ -132,7 +133,7 @@ def read(
 ) -> Contents:
     """Reads a checkpoint into our names; see `load_model`."""
     if names.is_name(str(path)):
-        path = names.fetch(str(path))
+        path = download(names.resolve(str(path)).url)
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
         return _read_workdir(path, checkpoint)
