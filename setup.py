@@ -44,13 +44,14 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["pytest>=8.0", "ruff>=0.9"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9"],
         # Independent implementations to compare numbers with. PyTorch is pinned because torchvision
         # pins it; newer Pythons run the suite without them.
         "parity": [
             'torch==2.13.0; python_version < "3.12"',
             'torchvision==0.28.0; python_version < "3.12"',
             'timm>=1.0.20; python_version < "3.12"',
+            'transformers>=5.0; python_version < "3.12"',
         ],
     },
 )

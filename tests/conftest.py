@@ -9,9 +9,10 @@ from pathlib import Path
 
 # Most of a test's time is compilation, and many tests (and the commands they start) compile the
 # same programs: one cache for the session. It starts empty, so nothing is left from earlier runs.
-_cache = tempfile.mkdtemp(prefix="vit_jax_tests_")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers (pytest -n) inherit the main process's
+    _cache = tempfile.mkdtemp(prefix="vit_jax_tests_")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # Programs this small run no slower without LLVM's optimizations and compile four times faster.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -209,7 +209,8 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ([], "error: the following arguments are required: --workdir (see --help)"),
+    ([], "error: --workdir=DIR is missing."),
+    (["--mode=evaluate"], "error: --workdir=DIR is missing, or --config.init=CHECKPOINT instead"),
     (["--workdir=run"], "error: --config=FILE.py is missing; configs/quickstart.py is a start."),
     (["--workdir=run", "--config=missing.py"], "error: There is no config file 'missing.py'"),
     (["--workdir=run", f"--config={TINY}", "--config.lr=1"], "error: Unknown config key 'lr'"),

@@ -356,6 +356,8 @@ def test_no_key_is_dead(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(main_module.cli, "load_config", lambda argument: tiny_config)
     main_module.main(["--config=recorded.py", f"--workdir={tmp_path / 'run'}",
                       "--config.data.workers=0"])
+    main_module.main(["--config=recorded.py", f"--config.init={tmp_path / 'run'}",
+                      "--mode=evaluate"])
 
     params = {"dense": {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}}
     image, rng = np.zeros((8, 8, 3), np.uint8), np.random.default_rng(0)

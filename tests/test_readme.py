@@ -14,7 +14,8 @@ pytestmark = pytest.mark.core
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [README, *(path.read_text() for path in sorted((ROOT / "configs").glob("*.py")))]
-RECIPES = ["quickstart.py", "cifar10.py", "cifar10.py:cpu", "folder.py:/data/my photos"]
+RECIPES = ["quickstart.py", "cifar10.py", "cifar10.py:cpu", "folder.py:/data/my photos",
+           "finetune.py:B/16,cifar10"]
 
 
 def commands():

@@ -236,10 +236,18 @@ def test_a_file_that_is_shorter_now(server):
     assert_downloaded(download(server.url), CONTENT[:1000])
 
 
-def test_another_range_than_asked_for(server):
-    interrupted_download(server, shift=1000)
+@pytest.mark.parametrize("at_most", [None, 1000])
+def test_another_range_than_asked_for(server, at_most):
+    interrupted_download(server, shift=1000, at_most=at_most)
     assert_downloaded(download(server.url))
     assert len(server.ranges) == 2 and server.ranges[1] is None
+
+
+def test_a_file_that_grew_beyond_its_old_end(server):
+    offset = interrupted_download(server)
+    server.plan = [{"ignore_if_range": True, "at_most": len(CONTENT) - offset}]
+    server.content = CONTENT[::-1] + bytes(1000)
+    assert_downloaded(download(server.url), server.content)
 
 
 def test_killed_between_the_last_byte_and_the_rename(server):

@@ -55,10 +55,13 @@ def adapt(
     params = dict(params)
     wanted = expected_shapes(model, size, channels)
 
-    _fit_head(params, wanted, model, reset_head, report)
-    if "pre_logits/kernel" not in wanted:
+    drops_representation = "pre_logits/kernel" in params and "pre_logits/kernel" not in wanted
+    if drops_representation:
         _drop(params, ("pre_logits/kernel", "pre_logits/bias"), "no representation layer asked for",
               report)
+    why = "asked for" if reset_head else (
+        "it belonged to the representation layer" if drops_representation else None)
+    _fit_head(params, wanted, model, why, report)
     if "cls" in params and "cls" not in wanted:
         _drop(params, ("cls",), "the model has no class token", report)
         if POSITIONS in params:
@@ -99,17 +102,18 @@ def _first_layer(wanted):
     return "conv_root/kernel" if "conv_root/kernel" in wanted else "embedding/kernel"
 
 
-def _fit_head(params, wanted, model, reset_head, report):
+def _fit_head(params, wanted, model, why, report):
     names = ("head/kernel", "head/bias")
     if names[0] not in wanted:
         _drop(params, names, "features are asked for, not classes", report)
         return
     have = params.get(names[0])
-    if have is not None and have.shape == wanted[names[0]] and not reset_head:
+    if have is None:
+        why = "the file has no head"
+    elif have.shape[-1] != wanted[names[0]][-1]:
+        why = f"{have.shape[-1]} classes in the file, {wanted[names[0]][-1]} in the model"
+    if why is None:
         return
-    why = "asked for" if have is not None and have.shape == wanted[names[0]] else (
-        "the file has no head" if have is None else
-        f"{have.shape[-1]} classes in the file, {wanted[names[0]][-1]} in the model")
     params[names[0]] = np.zeros(wanted[names[0]], np.float32)
     params[names[1]] = np.full(wanted[names[1]], model.head_bias_init, np.float32)
     report.reset += [(name, wanted[name], why) for name in names]
