@@ -50,6 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     start = read(config.init) if config.init else None
     pixels = pixel_statistics(config, start)
     model = build_model(config, len(classes), size, start.fields if start else None)
+    start_params = fit(start, model, size, config) if start else None
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
     init = make_init(model, optimizer, size, config.seed)
@@ -76,9 +77,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     else:
         state = jax.jit(init, out_shardings=shardings)()
         if start:
-            params = fit(start, model, size, config)
-            state = state.replace(params=jax.device_put(params, shardings.params))
+            state = state.replace(params=jax.device_put(start_params, shardings.params))
             print(start.report)
+    del start_params
 
     train_step = parallel.compile_train_step(
         lambda axis_name: make_train_step(
@@ -90,9 +91,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     progress = Progress(first_step, total_steps, config.batch_size)
     unchecked = []  # (step, metrics) whose loss nobody has looked at yet
     best = checkpoints.best_metric
-    evaluation = None
-
     saved_step = first_step
+    evaluation = None
 
     def save(step, scalars=None):
         check_finite(unchecked, workdir, checkpoints)
@@ -178,6 +178,6 @@ def describe(config, mesh, train_source, eval_source, total_steps) -> list[str]:
         f"Training  {train_source.name}: {len(train_source):,} images, "
         f"{total_steps:,} steps of {config.batch_size} "
         f"({total_steps * config.batch_size / len(train_source):.1f} epochs)",
-        f"Test      {eval_source.name}: {len(eval_source):,} images",
+        f"Testing   {eval_source.name}: {len(eval_source):,} images",
         f"Classes   {len(names)}: {shown}",
     ]

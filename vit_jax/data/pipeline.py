@@ -183,7 +183,7 @@ def _parallel_batches(
     workers: int | None,
 ) -> Iterator[Batch]:
     """Assembles a batch for every range of positions, `_BATCHES_AHEAD` ahead of the consumer."""
-    workers = os.cpu_count() if workers is None else workers
+    workers = _cores() if workers is None else workers
 
     def empty(rows):
         return {
@@ -233,3 +233,8 @@ def _finish(batch, futures):
     for future in futures:
         future.result()  # raises what the thread raised
     return batch
+
+
+def _cores():
+    """Cores this process may use, which in a container or job are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
