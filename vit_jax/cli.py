@@ -34,6 +34,8 @@ class Stopped(Exception):
 
 def run_command(command: Callable[[list[str]], None]) -> None:
     """Runs `command(arguments)` and exits: 0 only on success, mistakes as a sentence on stderr."""
+    sys.stdout.reconfigure(errors="replace")  # file names may be in any encoding
+    sys.stderr.reconfigure(errors="replace")
     try:
         command(sys.argv[1:])
     except UserError as error:

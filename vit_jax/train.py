@@ -134,6 +134,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
                 best = scalars[BEST] if is_best else best
         checkpoints.wait()
     finally:
+        progress.close()
         batches.close()
         log.close()
         checkpoints.close()

@@ -17,12 +17,19 @@ Params = dict[str, np.ndarray]  # by path
 
 
 def expected_shapes(model: nn.Module, size: tuple[int, int], channels: int) -> dict[str, tuple]:
-    """Path -> shape of the model's parameters for images of (height, width), blocks unstacked."""
+    """Path -> shape of the model's parameters for images of (height, width), blocks unstacked.
+
+    Raises:
+      UserError: the model cannot take such images, or its sizes contradict each other.
+    """
     if getattr(model, "scan_layers", False):
         model = model.clone(scan_layers=False)
     images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
-    tree = jax.eval_shape(
-        lambda images: model.init(jax.random.key(0), images, train=False), images)["params"]
+    try:
+        tree = jax.eval_shape(
+            lambda images: model.init(jax.random.key(0), images, train=False), images)["params"]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{str(error)[:1].upper()}{str(error)[1:]}") from None
     return {path: leaf.shape for path, leaf in flatten(tree).items()}
 
 
@@ -65,7 +72,10 @@ def adapt(
     if "cls" in params and "cls" not in wanted:
         _drop(params, ("cls",), "the model has no class token", report)
         if POSITIONS in params:
+            old = params[POSITIONS].shape
             params[POSITIONS] = params[POSITIONS][:, 1:]
+            report.resized.append(
+                (POSITIONS, old, params[POSITIONS].shape, "without the class token's slot"))
     if POSITIONS in params and POSITIONS not in wanted:
         _drop(params, (POSITIONS,), "the model has no learned 1-D position embedding", report)
 
@@ -114,6 +124,7 @@ def _fit_head(params, wanted, model, why, report):
         why = f"{have.shape[-1]} classes in the file, {wanted[names[0]][-1]} in the model"
     if why is None:
         return
+    _drop(params, names, "replaced by a new head", report)
     params[names[0]] = np.zeros(wanted[names[0]], np.float32)
     params[names[1]] = np.full(wanted[names[1]], model.head_bias_init, np.float32)
     report.reset += [(name, wanted[name], why) for name in names]
@@ -121,8 +132,12 @@ def _fit_head(params, wanted, model, why, report):
 
 def _drop(params, names, why, report):
     for name in names:
-        if name in params:
-            report.dropped.append((name, params.pop(name).shape, why))
+        if name not in params:
+            continue
+        shape = params.pop(name).shape
+        origin = next((theirs for theirs, ours, _ in report.renamed if ours == name), name)
+        report.renamed = [entry for entry in report.renamed if entry[1] != name]
+        report.dropped.append((origin, shape, why))
 
 
 def _check_complete(params, wanted, report):

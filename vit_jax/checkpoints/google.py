@@ -38,6 +38,9 @@ def to_ours(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], d
     Returns:
       (our path -> array, our path -> name in the file, names that belong to something else than
       the model: optimizer state, a text tower).
+
+    Raises:
+      ValueError: two tensors of the file are the same parameter.
     """
     prefix = next((p for p in _PREFIXES if any(
         name.startswith((f"{p}embedding/", f"{p}conv_root/")) for name in tensors)), "")
@@ -51,7 +54,9 @@ def to_ours(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], d
             if path in ("pos_embedding", "Transformer/pos_embedding"):
                 path = POSITIONS
             if _GROUP_NORM.search(path):
-                part = part.reshape(part.shape[-1:])  # (1, 1, 1, C) in old files
+                part = part.reshape(-1)  # (1, 1, 1, C) in old files
+            if path in ours:
+                raise ValueError(f"{name} and {origin[path]} are both {path}")
             ours[path], origin[path] = part, name
     return ours, origin, dropped
 

@@ -80,19 +80,48 @@ def activation(dialect: str, config: Mapping[str, Any] | None, report: LoadRepor
     return chosen
 
 
+def classifier(
+    structure: Structure, config: Mapping[str, Any] | None, report: LoadReport
+) -> str:
+    """What the head sees: the class token where there is one, else the mean of the patches.
+
+    Raises:
+      UserError: a config that says something else.
+    """
+    pool = (config or {}).get("global_pool")
+    mine = "token" if structure.class_token else "gap"
+    if pool not in (None, "token" if structure.class_token else "avg"):
+        has = "has" if structure.class_token else "has no"
+        raise UserError(
+            f"{report.source}: its config says global_pool={pool!r} and it {has} class token; this "
+            "model pools the class token where there is one (token), else the patches (avg)."
+        )
+    return mine
+
+
 def with_class_slot(
-    params: dict[str, np.ndarray], structure: Structure, size: tuple[int, int] | None
+    params: dict[str, np.ndarray], structure: Structure, size: tuple[int, int] | None,
+    report: LoadReport | None = None,
 ) -> None:
     """Gives the class token a slot in the position embedding where a file has none (big_vision,
-    DeiT III, models with registers): zeros, which is what it got there."""
+    DeiT III, models with registers): zeros, which is what it got there.
+
+    Args:
+      params: by path; changed in place.
+      structure: what there is.
+      size: rows and columns of patches that the embedding may have been made for, if known.
+      report: is told.
+    """
     if not (structure.class_token and structure.positions):
         return
     positions = params[POSITIONS]
     tokens = positions.shape[1]
     grid = None if size is None else math.prod(size)
-    has_no_slot = tokens == grid if grid else math.isqrt(tokens) ** 2 == tokens
-    if has_no_slot:
+    if tokens == grid or (tokens - 1 != grid and math.isqrt(tokens) ** 2 == tokens):
         params[POSITIONS] = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
+        if report:
+            report.resized.append((POSITIONS, positions.shape, params[POSITIONS].shape,
+                                   "a slot of zeros for the class token"))
 
 
 def position_grid(
@@ -115,6 +144,7 @@ def position_grid(
             f"{report.source}: its {count} position embeddings are no square grid; pass "
             "image_size=(height, width) of the images it was trained on."
         )
+    report.assumptions.append(f"a square grid of {side}x{side} patches")
     return side, side
 
 
@@ -127,7 +157,8 @@ def stride(params: Mapping[str, np.ndarray], structure: Structure) -> int:
 def told_image_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
     """(height, width) that a timm or Hugging Face config names."""
     config = config or {}
-    size = (config.get("pretrained_cfg") or {}).get("input_size") or config.get("image_size")
+    size = ((config.get("model_args") or {}).get("img_size")
+            or (config.get("pretrained_cfg") or {}).get("input_size") or config.get("image_size"))
     if size is None:
         return None
     if isinstance(size, (list, tuple)):
@@ -144,7 +175,8 @@ def preprocessing(
                   antialias=dialect != "google", mean=0.5, std=0.5)
     timm = (config or {}).get("pretrained_cfg")
     if timm:
-        result |= dict(mean=list(timm["mean"]), std=list(timm["std"]),
+        result |= dict(mean=list(timm.get("mean", IMAGENET_MEAN)),
+                       std=list(timm.get("std", IMAGENET_STD)),
                        interpolation=_interpolation(timm.get("interpolation", "bicubic")))
         if timm.get("crop_mode", "center") != "squash":
             result |= dict(crop="center_crop",
@@ -154,6 +186,9 @@ def preprocessing(
                        std=list(preprocessor.get("image_std", [0.5] * 3)),
                        interpolation={2: "bilinear", 3: "bicubic"}.get(
                            preprocessor.get("resample", 2), "bilinear"))
+        short_side = (preprocessor.get("size") or {}).get("shortest_edge")
+        if preprocessor.get("do_center_crop") and short_side:
+            result |= dict(crop="center_crop", resize=max(short_side, min(size)))
     elif dialect == "timm" and not structure.head:
         result |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
         report.assumptions.append(

@@ -214,7 +214,16 @@ _SPELLINGS = {
     "timm": ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."), (r"^register_tokens$", "reg_token"),
              (r"\.gamma_([12])$", r".ls\1.gamma")),
     "torchvision": ((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
-    "hf": ((r"^(embeddings|encoder|layernorm|pooler)\.", r"vit.\1."),),
+    "hf": (
+        (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
+        # transformers 5 in memory, as torch.save(model.state_dict()) writes it
+        (r"^vit\.layers\.(\d+)\.", r"vit.encoder.layer.\1."),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."), (r"\.mlp\.fc2\.", ".output.dense."),
+    ),
 }
 
 

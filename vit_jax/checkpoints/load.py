@@ -13,9 +13,11 @@ from vit_jax.checkpoints import files, google, infer, layouts, names
 from vit_jax.checkpoints.adapt import adapt, flatten, nest
 from vit_jax.checkpoints.download import download
 from vit_jax.checkpoints.report import LoadReport
+from vit_jax.checkpoints.resize import POSITION_MODES
 from vit_jax.errors import UserError, did_you_mean
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.scan import stack_blocks
+from vit_jax.models.variants import CHOICES
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.state import model_from_json
@@ -33,7 +35,8 @@ class Loaded:
       params: its parameters, nested dictionaries of float32 arrays; use
         `model.apply({'params': params}, images, train=False)`.
       metadata: `preprocessing` (image_size, crop, resize, interpolation, antialias, mean, std),
-        `class_names` (or None), `position_resize` (or None), `dialect`.
+        `class_names` (or None), `position_resize` (or None), `dialect`, and `loss`, 'softmax' or
+        'sigmoid' where it is known from a workdir (else None).
       report: what happened to every tensor.
     """
 
@@ -54,6 +57,7 @@ class Contents:
     preprocessing: dict[str, Any]
     class_names: tuple[str, ...] | None
     report: LoadReport
+    loss: str | None = None  # that it was trained with
 
 
 def load_model(path: str | Path, **overrides) -> Loaded:
@@ -69,7 +73,8 @@ def load_model(path: str | Path, **overrides) -> Loaded:
         `representation_size=None`, `num_heads=`, `activation=`, ...); and
         image_size: (height, width) or one number; the position embedding is resized,
         position_resize: how, see `resize.POSITION_MODES`; the default is 'corner_aligned',
-        channels: of the images; the first layer is adapted,
+        channels: of the images, where they shall be others than the file's; the first layer is
+        adapted,
         reset_head: True for a zero head even where the number of classes agrees,
         mean, std: of the pixels in [0, 1], where the file does not tell,
         checkpoint: 'last' (default) or 'best' of a workdir.
@@ -87,28 +92,53 @@ def load_model(path: str | Path, **overrides) -> Loaded:
         if key not in known:
             raise UserError(f"load_model has no option {key!r}"
                             f"{did_you_mean(key, known | _OPTIONS)}")
+    _check_values(overrides, options)
     if "dtype" in overrides:
         overrides["dtype"] = jnp.dtype(overrides["dtype"])
     model = contents.module(**(contents.fields | overrides))
 
-    size = options.get("image_size", contents.preprocessing["image_size"])
+    old_size = tuple(contents.preprocessing["image_size"])
+    size = options.get("image_size", old_size)
     size = (size, size) if isinstance(size, int) else tuple(size)
-    before = len(report.resized)
+    mode = options.get("position_resize", "corner_aligned")
     params = adapt(
         contents.params, model, size, old_grid=contents.grid, report=report,
-        channels=options.get("channels", 3),
-        position_resize=options.get("position_resize", "corner_aligned"),
-        reset_head=options.get("reset_head", False))
-    resized = any(path == layouts.POSITIONS for path, *_ in report.resized[before:])
+        channels=options.get("channels") or _channels(contents.params),
+        position_resize=mode, reset_head=options.get("reset_head", False))
+    resized = any(path == layouts.POSITIONS and mode in how for path, _, _, how in report.resized)
     head_is_new = any(path == "head/kernel" for path, *_ in report.reset)
     told = {key: options[key] for key in ("mean", "std") if key in options}
+    if short_side := contents.preprocessing["resize"]:  # the same share of the image is cropped
+        told["resize"] = round(short_side * min(size) / min(old_size))
     metadata = {
         "preprocessing": contents.preprocessing | {"image_size": list(size)} | told,
         "class_names": None if head_is_new else contents.class_names,
-        "position_resize": options.get("position_resize", "corner_aligned") if resized else None,
+        "position_resize": mode if resized else None,
         "dialect": report.dialect,
+        "loss": contents.loss,
     }
     return Loaded(model, _layout(nest(params), model), metadata, report)
+
+
+def _check_values(overrides, options):
+    given = overrides | options
+    for key, choices in (CHOICES | {"position_resize": POSITION_MODES}).items():
+        if key in given and given[key] not in choices:
+            raise UserError(f"{key}={given[key]!r} is not one of {', '.join(choices)}"
+                            f"{did_you_mean(str(given[key]), choices)}")
+    if options.get("channels", 1) < 1:
+        raise UserError(f"channels={options['channels']} must be at least 1.")
+    try:
+        valid = jnp.issubdtype(jnp.dtype(overrides.get("dtype", "float32")), jnp.floating)
+    except TypeError:
+        valid = False
+    if not valid:
+        raise UserError(f"dtype={overrides['dtype']!r} is none of float32, bfloat16 and float16.")
+
+
+def _channels(params):
+    return params["conv_root/kernel" if "conv_root/kernel" in params else "embedding/kernel"
+                  ].shape[2]
 
 
 def _layout(params, model):
@@ -132,21 +162,31 @@ def read(
     path: str | Path, *, num_heads: int | None = None, image_size=None, checkpoint: str = "last"
 ) -> Contents:
     """Reads a checkpoint into our names; see `load_model`."""
+    if checkpoint not in ("last", "best"):
+        raise UserError(f"checkpoint={checkpoint!r} is neither 'last' nor 'best'.")
     if names.is_name(str(path)):
         path = download(names.resolve(str(path)).url)
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
         return _read_workdir(path, checkpoint)
     file = files.read_tensors(path)
+    if checkpoint != "last":
+        raise UserError(f"{path} is one checkpoint; only a run's workdir has a best one.")
     report = LoadReport(str(file.path), "")
-    if google.is_google(file.tensors):
-        return _read_google(file, report, image_size)
-    library = layouts.recognise(file.tensors)
-    if library is None:
-        examples = ", ".join(list(file.tensors)[:3])
-        raise UserError(f"{file.path} holds no Vision Transformer that is known here; its tensors "
-                        f"are called {examples}, ...")
-    return _read_pytorch(file, library, report, num_heads, image_size)
+    try:
+        if google.is_google(file.tensors):
+            return _read_google(file, report, image_size)
+        library = layouts.recognise(file.tensors)
+        if library is None:
+            examples = ", ".join(f"{name:.80}" for name in list(file.tensors)[:3])
+            raise UserError(f"{file.path} holds no Vision Transformer that is known here; its "
+                            f"tensors are called {examples}, ...")
+        return _read_pytorch(file, library, report, num_heads, image_size)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Shapes that nobody expects, or a config.json of something else.
+        settings = ", or the config.json beside it is not its own" if file.config else ""
+        raise UserError(f"{file.path} is no Vision Transformer that is known here{settings} "
+                        f"({error}).") from error
 
 
 def _read_workdir(path, which):
@@ -170,7 +210,7 @@ def _read_workdir(path, which):
         stride = model.patch_size * model.stem_stride
         grid = (size[0] // stride, size[1] // stride)
     return Contents(params, fields, type(model), grid, meta["preprocessing"],
-                    tuple(meta["class_names"]), report)
+                    tuple(meta["class_names"]), report, loss=meta["config"]["loss"]["name"])
 
 
 def _read_google(file, report, image_size):
@@ -181,7 +221,7 @@ def _read_google(file, report, image_size):
     report.dropped = [(name, file.tensors[name].shape, "not part of the image model")
                       for name in dropped]
     _warn_of_zero_head(params, report)
-    if "embedding/kernel" not in params:
+    if "embedding/kernel" not in params and "conv_root/kernel" in params:
         return _resnet_contents(params, file, report)
     return _contents(params, file, report, image_size)
 
@@ -189,19 +229,34 @@ def _read_google(file, report, image_size):
 def _read_pytorch(file, library, report, num_heads, image_size):
     report.dialect = library
     tensors = layouts.usual_names(library, file.tensors)
+    if len(tensors) < len(file.tensors):
+        raise UserError(f"{file.path} holds some tensors twice, under different names.")
     structure = layouts.structure_of(library, tensors)
     if not structure.num_layers:
-        raise UserError(f"{file.path} has no Transformer blocks.")
-    if "mask_token" in tensors:  # DINOv2 and BEiT keep it for pretraining
-        report.dropped.append(
-            ("mask_token", tensors.pop("mask_token").shape, "of masked pretraining"))
-    pooler = [name for name in tensors if name.startswith("vit.pooler.")]
-    if structure.head and pooler:
+        raise UserError(f"{file.path} has no Transformer blocks of {library}'s names.")
+    if "fc_norm.weight" in tensors:
+        raise UserError(
+            f"{file.path} normalises after pooling (timm's fc_norm); this model, as Google's, "
+            "pools after its last LayerNorm, so it cannot give the same numbers.")
+    for name in list(tensors):
+        if name in ("mask_token", "vit.embeddings.mask_token") or name.startswith("decoder_"):
+            report.dropped.append((name, tensors.pop(name).shape, "of masked pretraining"))
+        elif name.startswith("vit.pooler.") and structure.head:
+            report.dropped.append((name, tensors.pop(name).shape, "the head does not use it"))
+    if structure.head and library == "hf":
         structure = dataclasses.replace(structure, pre_logits=False)
     entries = {e.theirs: e for e in layouts.LAYOUTS[library].entries(structure)}
     _check_names(tensors, entries, file.path)
 
     config = file.config
+    if library == "hf" and structure.pre_logits and (
+            (config or {}).get("pooler_act") or "tanh") != "tanh":
+        raise UserError(f"{file.path}: its pooler has the activation {config['pooler_act']!r:.40}; "
+                        "a representation layer here has tanh.")
+    if structure.resnet_stages is not None:
+        report.assumptions.append(
+            "convolutions standardised as Google does, by std + 1e-5; timm's sqrt(var + 1e-8) gives "
+            "logits that differ by about 0.05 %")
     width = tensors[layouts.LAYOUTS[library].patch_kernel].shape[0]
     heads = num_heads or infer.num_heads(width, config, report)
     if width % heads:
@@ -223,18 +278,27 @@ def _read_pytorch(file, library, report, num_heads, image_size):
 
 def _contents(params, file, report, image_size):
     structure = layouts.our_structure(params)
+    block = layouts.BLOCK.format(0)
+    for name, axes in (("embedding/kernel", 4), (f"{block}MlpBlock_0/Dense_0/kernel", 2),
+                       (f"{block}{layouts.ATTENTION}query/kernel", 3)):
+        if name not in params or params[name].ndim != axes:
+            problem = f"is {list(params[name].shape)}" if name in params else "does not exist"
+            raise UserError(f"{file.path} is no Vision Transformer that is known here: {name} "
+                            f"{problem}{'' if name in params else _near(name, params)}.")
     stride = infer.stride(params, structure)
     told = infer.told_image_size(file.config)
     if told is None and image_size is not None:
         told = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     told_grid = None if told is None else (told[0] // stride, told[1] // stride)
-    infer.with_class_slot(params, structure, told_grid)
+    infer.with_class_slot(params, structure, told_grid, report)
     grid = infer.position_grid(params, structure, told_grid, report)
     size = (grid[0] * stride, grid[1] * stride) if grid else (224, 224)
     fields = infer.model_fields(params, structure)
     fields["activation"] = infer.activation(report.dialect, file.config, report)
-    if (file.config or {}).get("global_pool") == "avg":
-        fields["classifier"] = "gap"
+    fields["classifier"] = infer.classifier(structure, file.config, report)
+    epsilon = (file.config or {}).get("layer_norm_eps", 1e-6)
+    if epsilon != 1e-6:
+        report.assumptions.append(f"LayerNorm epsilon 1e-06 in place of the config's {epsilon}")
     return Contents(
         params, fields, VisionTransformer, grid,
         infer.preprocessing(

@@ -77,6 +77,7 @@ class Progress:
         self._step = first_step  # where the interval that is being timed began
         self._start: float | None = None
         self._terminal = sys.stdout.isatty()
+        self._unfinished = False
 
     def step_done(self, step: int, metrics: Any) -> None:
         """Starts the clock after the first step, which is mostly compilation."""
@@ -109,6 +110,7 @@ class Progress:
         self._restart(step)
         if self._terminal:
             print(f"\r\033[K{line}", end="", flush=True)
+            self._unfinished = True
         else:
             print(line, flush=True)
         return speed
@@ -116,6 +118,13 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints a line of its own, over the progress line."""
         print(f"\r\033[K{text}" if self._terminal else text, flush=True)
+        self._unfinished = False
+
+    def close(self) -> None:
+        """Ends the line that `show` may have left open, so that what follows has its own."""
+        if self._unfinished:
+            print(flush=True)
+            self._unfinished = False
 
     def _restart(self, step):
         self._step, self._start = step, time.perf_counter()

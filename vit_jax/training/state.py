@@ -57,9 +57,14 @@ def build_model(
     try:
         model = create_model(
             config.model.variant, num_classes=num_classes, dtype=config.dtype, **overrides)
-        params_shapes(model, size)
+        _trace(model, size)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
+    except RuntimeError as error:  # what JAX says where a kernel does not exist
+        raise UserError(
+            f"config.model.attention_implementation={model.attention_implementation!r} does not "
+            f"work here ({str(error).splitlines()[0]}); use 'xla'."
+        ) from None
     for key in _MUST_AGREE:
         ours = getattr(model, key, None)
         if key in start and ours != start[key]:
@@ -102,6 +107,15 @@ def make_init(
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return init
+
+
+def _trace(model, size):
+    """Runs through the model without computing, so that what it refuses is refused early."""
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    key = jax.random.key(0)
+    jax.eval_shape(
+        lambda images: model.init_with_output(
+            {"params": key, "dropout": key}, images, train=True), images)
 
 
 def _init_params(model, size, seed):

@@ -42,10 +42,12 @@ def check_same_model(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _refuse(lines, workdir):
     if lines:
+        empty = not any((workdir / "checkpoints").glob("[0-9]*"))
         raise UserError(
             f"The workdir {workdir} belongs to a run with another config:\n  "
             + "\n  ".join(lines.values())
-            + "\nUse the old values, or another --workdir."
+            + "\nUse the old values, or another --workdir"
+            + (" (or delete this one: it has no checkpoint yet)." if empty else ".")
         )
 
 

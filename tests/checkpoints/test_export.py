@@ -1,0 +1,564 @@
+"""Exports to timm, Hugging Face, torchvision and npz: the same numbers there, or a refusal."""
+
+import json
+import math
+import re
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from checkpoint_makers import apply, flat, pixels, random_params
+from PIL import Image
+
+from vit_jax.checkpoints import card, export, libraries, targets
+from vit_jax.checkpoints.export import VerificationFailed, export_model
+from vit_jax.checkpoints.load import Loaded, load_model
+from vit_jax.checkpoints.report import LoadReport
+from vit_jax.checkpoints.verify import HYBRID_MATCHED, PLAIN, Verification
+from vit_jax.data.augment import center_crop
+from vit_jax.errors import UserError
+from vit_jax.models.scan import stack_blocks
+from vit_jax.models.variants import VARIANTS, create_model
+
+TINY = dict(num_classes=5, hidden_size=64, mlp_dim=96, num_heads=4, num_layers=2, patch_size=8)
+R26 = dict(num_classes=5, hidden_size=64, mlp_dim=128, num_heads=4, num_layers=1)
+PREPROCESSING = dict(image_size=[32, 32], crop="squash", resize=None, interpolation="bilinear",
+                     antialias=True, mean=0.5, std=0.5)
+REGISTERS = dict(register_tokens=3, layer_scale=0.1)
+
+
+@pytest.fixture
+def torch():
+    """PyTorch, with a torchvision and timm that can be imported; or a skip."""
+    from torch_shim import torch
+
+    return torch
+
+
+def make(size=(32, 32), variant="B/16", *, seed=0, class_names=None, preprocessing=None, **fields):
+    """A model as `load_model` returns it, with random parameters."""
+    fields = (dict(num_classes=5) if variant.startswith("R+") else
+              R26 if variant.startswith("R26") else TINY) | fields
+    model = create_model(variant, **fields)
+    params = random_params(model.clone(scan_layers=False), *size, seed=seed)
+    if model.scan_layers:
+        params = jax.tree.map(np.asarray, stack_blocks(params))
+    metadata = {
+        "preprocessing": PREPROCESSING | {"image_size": list(size)} | (preprocessing or {}),
+        "class_names": class_names, "position_resize": None, "dialect": "vit_jax"}
+    return Loaded(model, params, metadata, LoadReport("runs/made up", "vit_jax"))
+
+
+def as_the_card_says(folder, images, torch):
+    """Runs the code of the model card, and its model on images [B, H, W, C]."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    names = {"torch": torch}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        exec(code.replace("DIR", str(folder)), names)
+        output = names["model"](torch.tensor(images.transpose(0, 3, 1, 2).copy()))
+    return output, names
+
+
+def refusal(call, *arguments, **options):
+    with pytest.raises(UserError) as error:
+        call(*arguments, **options)
+    return str(error.value)
+
+
+def difference(a, b):
+    assert a.shape == b.shape
+    return abs(np.asarray(a) - np.asarray(b)).max() / max(1, np.asarray(b).std())
+
+
+# Every target: the verification passes, and so does the test's own comparison.
+
+@pytest.mark.parametrize("fields", [
+    {},
+    dict(size=(32, 48), activation="gelu"),
+    dict(classifier="gap"),
+    REGISTERS,
+    REGISTERS | dict(classifier="gap", position_embedding="none"),
+    dict(num_classes=0, scan_layers=True),
+    dict(position_embedding="learned_2d", size=(24, 32), mlp_dim=97, num_heads=2),
+    dict(position_embedding="sincos_2d", classifier="gap", num_classes=0),
+    dict(variant="R+Ti/16", size=(64, 96), num_layers=1),
+], ids=["token", "rectangle-exact-gelu", "gap", "registers", "gap-registers-no-positions",
+        "features-scanned", "learned-2d-odd-sizes", "sincos-2d", "R+Ti"])
+def test_timm(tmp_path, torch, fields):
+    loaded = make(**fields)
+    size = tuple(loaded.metadata["preprocessing"]["image_size"])
+    report = export_model(loaded, "timm", tmp_path / "out")
+    check = report.verification
+    assert check.status == "PASS" and check.library.startswith("timm")
+    assert check.tensors == (report.tensors, report.tensors)
+    count = len(jax.tree.leaves(load_model(tmp_path / "out").params))
+    assert report.parameters[0] == report.parameters[1]
+    images = pixels(3, *size, seed=7)
+    model = loaded.model.clone(scan_layers=False)
+    expected = apply(loaded.model, loaded.params, images)
+    output, _ = as_the_card_says(tmp_path / "out", images, torch)
+    tolerance = 1e-3 if model.resnet_stages is not None else PLAIN
+    assert difference(output.numpy(), expected) < tolerance
+
+    back = load_model(tmp_path / "out")
+    assert count == len(flat(back.params))
+    assert difference(apply(back.model, back.params, images), expected) < 1e-6
+    assert (back.model.activation, back.model.num_heads, back.model.classifier) == (
+        model.activation, model.num_heads, model.classifier)
+    assert back.metadata["preprocessing"]["image_size"] == list(size)
+
+
+@pytest.mark.parametrize("fields", [
+    {},
+    dict(size=(32, 48), activation="gelu"),
+    dict(num_classes=0),
+    dict(num_classes=0, representation_size=48),
+    dict(position_embedding="none"),
+], ids=["token", "rectangle-exact-gelu", "features", "pooler", "no-positions"])
+def test_hf(tmp_path, torch, fields):
+    loaded = make(**fields)
+    size = tuple(loaded.metadata["preprocessing"]["image_size"])
+    report = export_model(loaded, "hf", tmp_path / "out")
+    assert report.verification.status == "PASS"
+    images = pixels(3, *size, seed=7)
+    expected = apply(loaded.model, loaded.params, images)
+    output, names = as_the_card_says(tmp_path / "out", images, torch)
+    output = (output.logits if loaded.model.num_classes else output.pooler_output
+              if loaded.model.representation_size else output.last_hidden_state[:, 0])
+    assert difference(output.numpy(), expected) < PLAIN
+    assert names["processor"].size == {"height": size[0], "width": size[1]}
+    back = load_model(tmp_path / "out")
+    assert difference(apply(back.model, back.params, images), expected) < 1e-6
+    assert back.model.activation == loaded.model.activation
+
+
+@pytest.mark.parametrize("fields", [
+    dict(activation="gelu"),
+    dict(activation="gelu", representation_size=48),
+    dict(activation="gelu", num_classes=0),
+    dict(activation="gelu", num_classes=0, representation_size=48),
+], ids=["token", "representation", "features", "representation-features"])
+def test_torchvision(tmp_path, torch, fields):
+    loaded = make(**fields)
+    report = export_model(loaded, "torchvision", tmp_path / "out")
+    assert report.verification.status == "PASS" and not report.effects
+    images = pixels(3, 32, 32, seed=7)
+    output, _ = as_the_card_says(tmp_path / "out", images, torch)
+    assert difference(output.numpy(), apply(loaded.model, loaded.params, images)) < PLAIN
+    back = load_model(tmp_path / "out")
+    assert back.model == loaded.model
+    assert flat(back.params).keys() == flat(loaded.params).keys()
+
+
+@pytest.mark.parametrize("fields", [
+    {}, dict(classifier="gap", num_classes=0), dict(variant="R+Ti/16", size=(64, 64), num_layers=1),
+], ids=["token", "gap-features", "R+Ti"])
+def test_npz_in_timms_own_loader(tmp_path, torch, fields):
+    report = export_model(make(**fields), "npz", tmp_path / "out.npz")
+    assert report.verification.status == "PASS"
+    assert "npz loader" in report.verification.library
+
+
+def test_match_eps(tmp_path, torch):
+    loaded = make((64, 64), "R26+S/32")
+    raw, matched = (export_model(loaded, "timm", tmp_path / str(match), match_eps=match)
+                    for match in (False, True))
+    assert matched.verification.status == raw.verification.status == "PASS"
+    assert "31 standardised kernels" in matched.changes[0]
+    assert any("--match_eps" in text for text in raw.warnings)
+    assert not any("--match_eps" in text for text in matched.warnings)
+    assert matched.verification.max_difference < raw.verification.max_difference / 3
+    assert matched.verification.max_difference < HYBRID_MATCHED
+    kernels = [safetensors.numpy.load_file(tmp_path / str(match) / "model.safetensors")[
+        "patch_embed.backbone.stem.conv.weight"] for match in (False, True)]
+    np.testing.assert_array_equal(
+        kernels[0], flat(loaded.params)["conv_root/kernel"].transpose(3, 2, 0, 1))
+    assert (kernels[0] != kernels[1]).any()
+
+
+def test_through_hugging_faces_timm_wrapper(tmp_path, torch):
+    names = ("cat", "dog", "Äpfel", "x", "y")
+    loaded = make(size=(32, 48), classifier="gap", class_names=names)
+    export_model(loaded, "timm", tmp_path / "out", check=False)
+    images = pixels(2, 32, 48)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+        model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+        logits = model(torch.tensor(images.transpose(0, 3, 1, 2).copy())).logits
+    assert type(model).__name__ == "TimmWrapperForImageClassification"
+    assert type(processor).__name__ == "TimmWrapperImageProcessor"
+    assert difference(logits.numpy(), apply(loaded.model, loaded.params, images)) < PLAIN
+    assert tuple(model.config.id2label[i] for i in range(5)) == names
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("fields", [
+    {}, dict(num_classes=0), dict(size=(64, 64), variant="R+Ti/16", num_layers=1),
+], ids=["token", "features", "R+Ti"])
+def test_round_trip_is_bit_identical(tmp_path, fields):
+    """npz -> JAX -> timm -> JAX -> npz."""
+    paths = [tmp_path / name for name in ("a.npz", "timm", "b.npz")]
+    export_model(make(**fields), "npz", paths[0], check=False)
+    export_model(load_model(paths[0]), "timm", paths[1], check=False)
+    export_model(load_model(paths[1]), "npz", paths[2], check=False)
+    with np.load(paths[0]) as first, np.load(paths[2]) as last:
+        assert set(first.files) == set(last.files)
+        assert "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel" in first.files
+        for name in first.files:
+            assert first[name].tobytes() == last[name].tobytes(), name
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("fields", [
+    REGISTERS, dict(representation_size=48), dict(variant="R50x1", size=(64, 64)),
+], ids=["registers", "representation", "ResNet"])
+def test_npz_that_only_vit_jax_reads(tmp_path, fields):
+    loaded = make(**fields) if "variant" not in fields else None
+    if loaded is None:
+        model = create_model("R50x1", num_classes=5, stages=(1, 1))
+        loaded = Loaded(model, random_params(model, 64, 64),
+                        {"preprocessing": PREPROCESSING | {"image_size": [64, 64]}},
+                        LoadReport("made up", "google"))
+    report = export_model(loaded, "npz", tmp_path / "out.npz")
+    assert report.verification.status == "SKIPPED"
+    assert "the outputs were not compared: " in report.verification.reason
+    assert report.verification.tensors == (report.tensors, report.tensors)
+    assert ("only vit_jax reads" in str(report)) == ("register_tokens" in fields)
+    back = flat(load_model(tmp_path / "out.npz").params)
+    assert back.keys() == flat(loaded.params).keys()
+    for path, value in flat(loaded.params).items():
+        np.testing.assert_array_equal(back[path], value)
+    stored = json.loads((tmp_path / "out.npz.conversion_report.json").read_text())
+    assert stored["target"] == "npz" and stored["preprocessing"]["mean"] == 0.5
+
+
+# What is written beside the weights.
+
+@pytest.mark.core
+def test_a_directory_and_its_account(tmp_path):
+    names = ("cat", "dog", "Äpfel", "two\nlines", "y")
+    report = export_model(make(class_names=names), "timm", tmp_path / "out", check=False)
+    folder = tmp_path / "out"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "class_names.json", "config.json", "conversion_report.json",
+        "model.safetensors"]
+    assert json.loads((folder / "class_names.json").read_text()) == list(names)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["label_names"] == list(names)
+    assert config["model_args"]["act_layer"] == "gelu_tanh"
+    with safetensors.safe_open(folder / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert len(list(file.keys())) == report.tensors
+    stored = json.loads((folder / "conversion_report.json").read_text())
+    assert stored["parameters"] == [len(flat(make().params))] * 2
+    assert stored["verification"]["status"] == "SKIPPED"
+    assert stored["source"] == "runs/made up"
+    assert {"vit_jax", "jax", "safetensors"} <= stored["versions"].keys()
+    text = (folder / "README.md").read_text()
+    assert "library_name: timm" in text and "`made up`" in text and "SKIPPED" in text
+    assert str(tmp_path) not in text + json.dumps(stored)
+    assert load_model(folder).metadata["class_names"] == names
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("size, preprocessing", [
+    ((32, 32), dict(crop="squash", mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4])),
+    ((32, 32), dict(crop="center_crop", resize=37, interpolation="bicubic")),
+    ((32, 48), dict(crop="center_crop", resize=41)),
+], ids=["squash", "center-crop", "rectangle"])
+@pytest.mark.parametrize("target", ["timm", "hf", "torchvision"])
+def test_preprocessing_comes_back(tmp_path, target, size, preprocessing):
+    if target == "torchvision" and size[0] != size[1]:
+        pytest.skip("torchvision takes squares")
+    loaded = make(size, activation="gelu", preprocessing=preprocessing)
+    report = export_model(loaded, target, tmp_path / "out", check=False)
+    back = load_model(tmp_path / "out").metadata["preprocessing"]
+    per_channel = {key: list(np.broadcast_to(loaded.metadata["preprocessing"][key], 3))
+                   for key in ("mean", "std")}
+    assert back == loaded.metadata["preprocessing"] | per_channel
+    assert ("is short relative to" in str(report)) == (
+        target == "hf" and size[0] != size[1])
+
+
+@pytest.mark.core
+def test_every_crop_fraction_is_computed_back():
+    for size in (7, 32, 224, 384, 518):
+        for resize in range(size, 2 * size):
+            told = targets.timm_preprocessing(
+                (size, size), 3, PREPROCESSING | dict(crop="center_crop", resize=resize))
+            assert math.floor(size / told["crop_pct"]) == resize
+            assert told["crop_mode"] == "center"
+    default = PREPROCESSING | dict(crop="center_crop")  # 8/7 of the size, as in training
+    assert targets.resize_to((224, 224), default) == 256
+
+
+@pytest.mark.parametrize("crop", [
+    dict(crop="center_crop", resize=36, interpolation="bicubic"), dict(crop="squash")])
+def test_timms_transform_is_ours(tmp_path, torch, crop):
+    """With a low-pass filter, which timm always has: to half a grey level."""
+    loaded = make(preprocessing=crop)
+    export_model(loaded, "timm", tmp_path / "out", check=False)
+    photo = np.random.default_rng(0).integers(0, 256, (90, 61, 3), dtype=np.uint8)
+    _, names = as_the_card_says(tmp_path / "out", pixels(1, 32, 32), torch)
+    theirs = names["transform"](Image.fromarray(photo)).numpy().transpose(1, 2, 0)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    ours = export.read_images([tmp_path / "photo.png"], loaded.metadata["preprocessing"])[0]
+    assert abs(theirs - ours).max() < 0.5 / 127.5
+    if crop["crop"] == "center_crop":
+        cut = center_crop(photo, (32, 32), resize_to=36, antialias=True, interpolation="bicubic")
+        np.testing.assert_allclose(ours, cut / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.core
+def test_timms_names():
+    names = {v: targets.timm_architecture(create_model(v, num_classes=3), (224, 224))
+             for v, (module, fields) in VARIANTS.items() if "patch_size" in fields}
+    assert names["B/16"] == (
+        "vit_base_patch16_224", {"img_size": [224, 224], "act_layer": "gelu_tanh"})
+    assert names["G/14"][0] == "vit_gigantic_patch14_224"
+    assert names["R50+L/32"][0] == "vit_large_r50_s32_224"
+    overridden = {v for v, (_, args) in names.items() if len(args) > 2}
+    assert overridden == {"R26+B/32", "R50+B/32", "R50+L/16"}
+    at_384 = targets.timm_architecture(create_model("L/16", num_classes=3), (384, 384))
+    assert at_384[0] == "vit_large_patch16_384"
+
+
+def test_timm_has_these_names(torch):
+    from torch_shim import timm
+
+    for name in targets._TIMM:
+        assert timm.is_model(f"{name}_224"), name
+    for name in targets._TIMM_AT_384:
+        assert timm.is_model(f"{name}_384"), name
+
+
+# Refusals.
+
+@pytest.mark.core
+@pytest.mark.parametrize("target, fields, reason", [
+    ("timm", dict(representation_size=8), "representation layer"),
+    ("hf", dict(representation_size=8), "representation layer"),
+    ("timm", dict(position_embedding="relative"), "position embeddings are relative"),
+    ("npz", dict(position_embedding="relative"), "position embeddings are relative"),
+    ("timm", dict(classifier="unpooled"), "logits of every patch"),
+    ("npz", dict(classifier="token_unpooled"), "logits of every patch"),
+    ("hf", dict(classifier="gap"), "no class token"),
+    ("torchvision", dict(classifier="gap"), "no class token"),
+    ("hf", dict(register_tokens=2), "register tokens"),
+    ("torchvision", dict(layer_scale=0.1), "LayerScale"),
+    ("torchvision", {}, "exact GELU only"),
+    ("torchvision", dict(size=(32, 48), activation="gelu"), "square images"),
+    ("hf", dict(variant="R+Ti/16", size=(32, 32), num_layers=1), "hybrid"),
+    ("torchvision", dict(variant="R+Ti/16", size=(32, 32), num_layers=1), "hybrid"),
+    ("keras", {}, "--to=keras is not one of"),
+])
+def test_what_a_target_cannot_express(tmp_path, target, fields, reason):
+    message = refusal(export_model, make(**fields), target, tmp_path / "out", check=False)
+    assert reason in message and "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.core
+def test_resnets_and_strange_hybrids_are_refused():
+    resnet = create_model("R50x1", num_classes=3)
+    for target in ("timm", "hf", "torchvision"):
+        assert "convolutional baseline" in refusal(targets.check, target, resnet, (64, 64), 3)
+    strange = create_model("R26+S/32", num_classes=3, resnet_stages=(1, 1))
+    assert "no hybrid whose ResNet" in refusal(targets.check, "timm", strange, (64, 64), 3)
+    targets.check("npz", strange, (64, 64), 3)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("target, options, reason", [
+    ("npz", dict(dtype="bfloat16"), "--dtype=bfloat16"),
+    ("npz", dict(match_eps=True), "--match_eps is for timm"),
+    ("timm", dict(match_eps=True, dtype="float16"), "--match_eps does not go with"),
+    ("timm", dict(dtype="int8"), "--dtype=int8 is not one of"),
+    ("timm", dict(images=["nowhere.png"]), "nowhere.png cannot be read"),
+])
+def test_options_that_contradict(tmp_path, target, options, reason):
+    assert reason in refusal(export_model, make(), target, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.core
+def test_values_too_large_for_float16(tmp_path):
+    loaded = make()
+    loaded.params["head"]["bias"][0] = 1e6
+    message = refusal(export_model, loaded, "timm", tmp_path / "out", dtype="float16")
+    assert "head/bias" in message and "bfloat16" in message
+
+
+# What changes the numbers is measured; what breaks them is caught.
+
+def test_exact_gelu_in_place_of_tanh(tmp_path, torch):
+    report = export_model(make(), "torchvision", tmp_path / "out", allow_gelu_change=True)
+    assert report.verification.status == "PASS"  # against the exact GELU
+    (effect,) = report.effects.values()
+    assert 1e-5 < effect["max_difference"] < 1e-2
+    assert effect["mean_difference"] < effect["max_difference"]
+    assert "exact GELU instead of tanh: logits move by" in str(report)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype(tmp_path, torch, dtype):
+    report = export_model(make(), "timm", tmp_path / "out", dtype=dtype)
+    assert report.verification.status == "PASS"
+    assert report.effects[f"rounding to {dtype}"]["max_difference"] > 1e-4
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(x.dtype) for x in stored.values()} == {dtype}
+
+
+def test_a_head_of_zeros_proves_nothing(tmp_path, torch):
+    loaded = make()
+    loaded.params["head"] = jax.tree.map(np.zeros_like, loaded.params["head"])
+    report = export_model(loaded, "timm", tmp_path / "out")
+    assert report.verification.status == "PASS" and report.verification.spread > 0.1
+    assert "all zeros" in str(report.verification)
+
+
+def test_given_images(tmp_path, torch):
+    for i in range(3):
+        photo = np.random.default_rng(i).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+        Image.fromarray(photo).save(tmp_path / f"{i}.png")
+    report = export_model(
+        make(), "timm", tmp_path / "out", images=[tmp_path, tmp_path / "0.png"])
+    assert report.verification.images == (4, 4)
+    assert report.verification.top1 == 8
+    assert "8 of 8 agree" in str(report)
+
+
+def test_other_channels(tmp_path, torch):
+    loaded = make()
+    loaded.params["embedding"]["kernel"] = loaded.params["embedding"]["kernel"][:, :, :1]
+    for target in ("timm", "hf", "npz"):
+        assert export_model(loaded, target, tmp_path / target).verification.status == "PASS"
+    assert "3 channels" in refusal(targets.check, "torchvision", loaded.model, (32, 32), 1)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("target", ["timm", "npz"])
+def test_a_damaged_file_does_not_get_the_name(tmp_path, monkeypatch, target):
+    write = export.verify
+
+    def verify(target, path, *arguments, **options):
+        file = path if target == "npz" else path / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        return write(target, path, *arguments, **options)
+
+    monkeypatch.setattr(export, "verify", verify)
+    with pytest.raises(VerificationFailed, match=r"It was left in .*out\.failed") as error:
+        export_model(make(), target, tmp_path / "out")
+    assert error.value.report.verification.status == "FAIL"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == (["out.failed"] if target == "timm" else
+                     ["out.failed", "out.failed.conversion_report.json"])
+    with pytest.raises(VerificationFailed, match=r"out\.failed\.2"):  # keeps the first
+        export_model(make(), target, tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["numbers", "settings", "names"])
+def test_what_the_library_would_get_wrong(tmp_path, monkeypatch, torch, what):
+    tensors, config = targets.library_tensors, targets.config_files
+
+    def wrong_tensors(*arguments):
+        result = tensors(*arguments)
+        name = "blocks.1.mlp.fc2.weight"
+        result[name] = result[name] + np.float32(1e-3)
+        if what == "names":
+            result["blocks.1.mlp.fc3.weight"] = result.pop(name)
+        return result
+
+    def wrong_config(*arguments):
+        result = config(*arguments)
+        del result["config.json"]["model_args"]["act_layer"]
+        return result
+
+    if what == "settings":
+        monkeypatch.setattr(targets, "config_files", wrong_config)
+    else:
+        monkeypatch.setattr(targets, "library_tensors", wrong_tensors)
+    reason = "cannot load it" if what == "names" else "more than the tolerance"
+    with pytest.raises(VerificationFailed, match=reason):
+        export_model(make(), "timm", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
+    stored = json.loads((tmp_path / "out.failed" / "conversion_report.json").read_text())
+    assert stored["verification"]["status"] == "FAIL"
+
+
+@pytest.mark.core
+def test_a_library_that_cannot_be_imported(tmp_path, monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    monkeypatch.setattr(libraries.importlib, "import_module", broken)
+    report = export_model(make(), "hf", tmp_path / "out")
+    assert report.verification.status == "SKIPPED"
+    assert "torchvision::nms" in report.verification.reason
+    assert "and more" not in report.verification.reason
+    assert report.verification.tensors == (report.tensors, report.tensors)
+
+
+# Nothing half-written, nothing overwritten.
+
+@pytest.mark.core
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt(), KeyError()])
+@pytest.mark.parametrize("target", ["timm", "npz"])
+def test_nothing_half_written(tmp_path, monkeypatch, error, target):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(*((card, "model_card") if target == "timm" else (export, "verify")), fail)
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
+        export_model(make(), target, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.core
+def test_what_lies_there_already(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()  # empty is as good as nothing
+    write = dict(target="timm", out=out, check=False)
+    export_model(make(), **write)
+    assert "--overwrite" in refusal(export_model, make(seed=1), **write)
+    before = (out / "model.safetensors").read_bytes()
+    export_model(make(seed=1), **write, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
+    write = dict(target="timm", check=False, overwrite=True)
+    assert "no earlier export" in refusal(export_model, make(), out=tmp_path / "photos", **write)
+    assert "is a file" in refusal(export_model, make(), out=tmp_path / "photos/cat.jpg", **write)
+    assert "is no directory" in refusal(export_model, make(), out=tmp_path / "a" / "b", **write)
+    assert "is a directory" in refusal(
+        export_model, make(), out=tmp_path / "photos", **write | {"target": "npz"})
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+    file = tmp_path / "a.npz"
+    export_model(make(), "npz", file, check=False)
+    assert "exists" in refusal(export_model, make(), "npz", file)
+    export_model(make(), "npz", file, check=False, overwrite=True)
+
+
+@pytest.mark.core
+def test_names_of_classes_that_are_not_the_models(tmp_path):
+    """Of a run whose head was taken off."""
+    loaded = make(num_classes=0, class_names=("a", "b"))
+    assert export_model(loaded, "hf", tmp_path / "out", check=False).class_names is None
+
+
+@pytest.mark.core
+def test_a_verification_in_words():
+    text = str(Verification("FAIL", "too far", "timm 1", (3, 4), (4, 1), 1.0, 0.5, 2.0, 2e-5, 3))
+    assert "3 of 4" in text and "tolerance 2.0e-05" in text and "3 of 5 agree" in text
+    assert text.splitlines()[-1] == "  FAIL     too far"

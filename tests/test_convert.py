@@ -1,0 +1,172 @@
+"""The command `convert`: a run's weights in another library, errors, and life without PyTorch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import __file__ as tiny_file
+
+import vit_jax
+from vit_jax.checkpoints import export, targets
+from vit_jax.checkpoints.verify import PLAIN, function, read_images
+from vit_jax.convert import main
+from vit_jax.errors import UserError
+from vit_jax.main import main as train
+
+ROOT = Path(__file__).parent.parent
+TRAIN = [f"--config={tiny_file}", "--config.data.workers=0", "--config.optimizer.learning_rate=0.5",
+         "--config.data.antialias=true", "--config.data.interpolation=bicubic",
+         "--config.data.eval_crop=center_crop", "--config.data.eval_resize=10"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A tiny run that crops and filters as PyTorch's transforms do."""
+    path = tmp_path_factory.mktemp("run") / "digits"
+    train([*TRAIN, f"--workdir={path}"])
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, shape in (("a.png", (33, 20, 3)), ("b.png", (8, 8, 3)), ("c.png", (17, 40, 3))):
+        smooth = np.kron(rng.integers(0, 256, (1, 4, 3)), np.ones((shape[0], -(-shape[1] // 4), 1)))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(smooth[:, :shape[1]].astype(np.uint8)).save(tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+def refusal(*arguments):
+    with pytest.raises(UserError) as error:
+        main(list(map(str, arguments)))
+    return str(error.value)
+
+
+def test_a_run_predicts_the_same_in_timm(workdir, photos, tmp_path, capsys):
+    """From the exported directory alone, image files included."""
+    from torch_shim import timm, torch
+
+    out = tmp_path / "out"
+    main([f"--from={workdir}", "--to=timm", f"--out={out}", f"--images={photos}"])
+    text = capsys.readouterr().out
+    assert "vit_jax names" in text and "7 of 7 agree" in text and "\n  PASS" in text
+
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names = json.loads((out / "config.json").read_text())["label_names"]
+    assert names == [str(digit) for digit in range(10)]
+    loaded = vit_jax.load_model(workdir)
+    for path in sorted(photos.iterdir()):
+        with torch.no_grad():
+            theirs = model(transform(Image.open(path).convert("RGB"))[None]).numpy()
+        images = read_images([path], loaded.metadata["preprocessing"])
+        ours = function(loaded.model, export.flatten(loaded.params))(images)
+        # Both libraries filter with Pillow: the pixels are the same, the rest is rounding.
+        assert abs(theirs - ours).max() < PLAIN * max(1, ours.std())
+        assert ours.std() > 0.1
+
+
+@pytest.mark.core
+def test_the_best_checkpoint_of_a_run(workdir, tmp_path):
+    main([f"--from={workdir}", "--to=npz", f"--out={tmp_path / 'a.npz'}", "--best", "--noverify"])
+    source = json.loads((tmp_path / "a.npz.conversion_report.json").read_text())["source"]
+    best = vit_jax.load_model(workdir, checkpoint="best")
+    assert source == best.report.source
+    back = export.flatten(vit_jax.load_model(tmp_path / "a.npz").params)
+    for path, value in export.flatten(best.params).items():
+        np.testing.assert_array_equal(back[path], value)
+
+
+def test_hf_and_torchvision(workdir, tmp_path, capsys):
+    import torch_shim  # noqa: F401
+
+    main([f"--from={workdir}", "--to=hf", f"--out={tmp_path / 'hf'}", "--dtype=bfloat16"])
+    assert "rounding to bfloat16" in capsys.readouterr().out
+    assert "--allow_gelu_change" in refusal(
+        f"--from={workdir}", "--to=torchvision", f"--out={tmp_path / 'tv'}")
+    main([f"--from={workdir}", "--to=torchvision", f"--out={tmp_path / 'tv'}",
+          "--allow_gelu_change"])
+    text = capsys.readouterr().out
+    assert "effect   exact GELU instead of tanh" in text and "\n  PASS" in text
+
+
+# A carrier who has no PyTorch, and one whose numbers do not agree; each as a command of its own.
+
+def command(*arguments, before=""):
+    code = f"import sys\n{before}\nfrom vit_jax import cli, convert\ncli.run_command(convert.main)"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True,
+        text=True, timeout=300, env=_environment())
+
+
+def _environment():
+    import os
+
+    return os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.core
+def test_without_pytorch(workdir, tmp_path):
+    done = command(f"--from={workdir}", "--to=timm", f"--out={tmp_path / 'out'}",
+                   before="sys.modules['torch'] = sys.modules['timm'] = None")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "SKIPPED  the outputs were not compared: torch is not installed" in done.stdout
+    assert "read back bit for bit" in done.stdout
+    assert vit_jax.load_model(tmp_path / "out").model.num_classes == 10
+
+
+@pytest.mark.core
+def test_a_failed_check_is_a_failed_command(workdir, tmp_path):
+    before = """
+from vit_jax.checkpoints import export
+write = export._write_directory
+def write_wrongly(path, report, model, tensors, *rest):
+    write(path, report, model, {name: x + 1 for name, x in tensors.items()}, *rest)
+export._write_directory = write_wrongly
+"""
+    done = command(f"--from={workdir}", "--to=timm", f"--out={tmp_path / 'out'}", before=before)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: The export does not compute what the model does")
+    assert "Traceback" not in done.stderr and "\n  FAIL " in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--from= is missing"),
+    (["--from=x", "--to=timm"], "--out= is missing"),
+    (["--from=x", "--out=y"], "--to= is missing"),
+    (["--from=x", "--to=keras", "--out=y"], "invalid choice: 'keras'"),
+    (["--from=x", "--to=timm", "--out=y", "--dtype=int8"], "invalid choice: 'int8'"),
+    (["--from=x", "--to=timm", "--out=y", "--no_verify"], "did you mean --noverify?"),
+    (["--from=nowhere/x.npz", "--to=timm", "--out=y"], "does not exist"),
+])
+def test_mistakes(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.core
+def test_an_existing_directory_is_left_alone(workdir, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    message = refusal(f"--from={workdir}", "--to=timm", f"--out={tmp_path}", "--noverify")
+    assert "exists; choose another --out" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.core
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{flag}" in text for flag in (
+        "from", "to", "out", "match_eps", "noverify", "dtype", "allow_gelu_change", "images",
+        "overwrite", "best"))
+    assert all(target in text for target in targets.TARGETS)

@@ -1,0 +1,79 @@
+"""Writing an export so that nothing half-written ever has its name."""
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors
+
+from vit_jax.errors import UserError
+
+REPORT = "conversion_report.json"  # which every export has
+
+
+def check_out(out: Path, target: str, overwrite: bool) -> None:
+    """Raises UserError if writing would touch anything but an earlier export."""
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent} is no directory; create it, or correct --out.")
+    if not os.path.lexists(out):
+        return
+    if target == "npz":
+        if out.is_dir():
+            raise UserError(f"{out} is a directory; --to=npz writes a file: --out=DIR/NAME.npz.")
+    elif not out.is_dir():
+        raise UserError(f"{out} is a file; --to={target} writes a directory.")
+    elif not any(out.iterdir()):
+        return
+    elif overwrite and not (out / REPORT).is_file():
+        raise UserError(f"{out} is no earlier export (it has no {REPORT}), so --overwrite leaves "
+                        "it alone; choose another --out.")
+    if not overwrite:
+        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
+
+
+@contextlib.contextmanager
+def temporary(out: Path) -> Iterator[Path]:
+    """A path beside `out` to write to; what is still there at the end is removed.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    path = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(f"{error.filename or out} cannot be written: {error.strerror or error}."
+                        ) from error
+    except safetensors.SafetensorError as error:  # its word for a full disk, for example
+        raise UserError(f"{out} cannot be written: {error}.") from error
+    finally:
+        remove(path)
+
+
+def move(temporary: Path, final: Path) -> None:
+    """Gives what was written its name, in place of an earlier export."""
+    old = None
+    if final.is_dir() and any(final.iterdir()):  # a directory with contents cannot be replaced
+        old = final.with_name(f".{final.name}.{os.getpid()}.old")
+        final.replace(old)
+    temporary.replace(final)
+    if old:
+        remove(old)
+
+
+def name_of_failure(out: Path) -> Path:
+    """A path beside `out` that does not exist yet: OUT.failed, OUT.failed.2, ..."""
+    names = (f"{out.name}.failed{suffix}" for suffix in itertools.chain(
+        [""], (f".{i}" for i in itertools.count(2))))
+    return next(path for path in map(out.with_name, names) if not os.path.lexists(path))
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

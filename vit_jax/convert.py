@@ -1,0 +1,59 @@
+"""Carry weights to another library: python -m vit_jax.convert --from=PATH --to=TARGET --out=PATH"""
+
+from pathlib import Path
+
+from vit_jax import cli
+from vit_jax.checkpoints.export import VerificationFailed, export_model
+from vit_jax.checkpoints.load import load_model
+from vit_jax.checkpoints.targets import TARGETS
+from vit_jax.errors import UserError
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; see `--help`."""
+    parser = cli.ArgumentParser(
+        prog="python -m vit_jax.convert",
+        description="Writes a checkpoint in the form of another library, and checks with that "
+        "library, if it is installed, that the numbers are the same. Exits with 0 only if they are "
+        "(or the check was skipped), and leaves nothing under --out otherwise.",
+    )
+    parser.add_argument("--from", dest="source", metavar="PATH",
+                        help="what load_model reads: a file, a directory, a run's workdir, or a "
+                        "name such as augreg:B/16")
+    parser.add_argument("--to", choices=TARGETS,
+                        help="a directory for timm, Hugging Face (hf) or torchvision, or Google's "
+                        "npz file")
+    parser.add_argument("--out", metavar="PATH", type=Path,
+                        help="the directory, for npz the file, to write")
+    parser.add_argument("--match_eps", action="store_true",
+                        help="rescale a hybrid's standardised kernels so that timm computes the "
+                        "same; for inference, not for further training")
+    parser.add_argument("--noverify", action="store_true", help="do not compare the outputs")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
+                        help="of the tensors")
+    parser.add_argument("--allow_gelu_change", action="store_true",
+                        help="export tanh GELU to torchvision, which has exact GELU alone")
+    parser.add_argument("--images", nargs="+", action="extend", default=[], metavar="PATH",
+                        help="images or folders of them to compare on, beside random ones")
+    parser.add_argument("--best", action="store_true",
+                        help="of a workdir, the checkpoint of the highest accuracy, not the last")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    flags = parser.parse(arguments)
+    for name, value in (("from", flags.source), ("to", flags.to), ("out", flags.out)):
+        if value is None:
+            raise UserError(f"--{name}= is missing (see --help).")
+
+    loaded = load_model(flags.source, checkpoint="best" if flags.best else "last")
+    print(loaded.report, flush=True)
+    try:
+        print(export_model(
+            loaded, flags.to, flags.out, match_eps=flags.match_eps, dtype=flags.dtype,
+            allow_gelu_change=flags.allow_gelu_change, check=not flags.noverify,
+            images=flags.images, overwrite=flags.overwrite))
+    except VerificationFailed as error:
+        print(error.report)
+        raise
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

@@ -1,0 +1,301 @@
+"""Classify images: python -m vit_jax.predict --checkpoint=PATH IMAGE_OR_DIR ..."""
+
+import csv
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vit_jax import cli
+from vit_jax.checkpoints.load import Loaded, load_model
+from vit_jax.config import base_config
+from vit_jax.data.folder import EXTENSIONS
+from vit_jax.data.pipeline import BadImages, eval_batches
+from vit_jax.data.records import Record
+from vit_jax.errors import UserError
+from vit_jax.models.resnet import make_head
+from vit_jax.training.step import Pixels, normalize
+
+FORMATS = ("table", "json", "csv")
+_WIDEST = 40  # characters of a class name in a table
+
+
+class Prediction(NamedTuple):
+    """What a model sees in an image."""
+
+    file: str
+    features: np.ndarray  # float32 [D]: what the head gets
+    classes: list[int]  # indices, most probable first; empty without a head
+    probabilities: list[float]
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; see `--help`."""
+    parser = cli.ArgumentParser(
+        prog="python -m vit_jax.predict",
+        description="Names the most probable classes of images, or saves their features, by any "
+        "checkpoint that vit_jax reads, with the preprocessing that belongs to it.",
+        epilog="Probabilities are a softmax over the classes; of a run with config.loss.name="
+        "sigmoid, each class's own.\nA checkpoint of 1000 classes without names gets those of "
+        "ImageNet.\nImages that cannot be read are named on stderr and left out, and the exit code "
+        "is 1.",
+    )
+    parser.add_argument("--checkpoint", metavar="PATH", required=True,
+                        help="a file, a directory, a run's workdir, or a name: augreg:B/16")
+    parser.add_argument("images", metavar="IMAGE_OR_DIR", nargs="+",
+                        help=f"directories are searched for {', '.join(EXTENSIONS)}")
+    parser.add_argument("--best", action="store_true",
+                        help="of a workdir, the checkpoint of the highest accuracy, not the last")
+    parser.add_argument("--top", metavar="K", type=int, default=5, help="classes per image (5)")
+    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument("--features", metavar="OUT.npz", type=Path,
+                        help="also saves `features`, float32 [images, width], what the head gets, "
+                        "and `files`, their names")
+    parser.add_argument("--batch_size", metavar="N", type=int, default=32)
+    parser.add_argument("--image_size", metavar="N[,M]", help="another than the checkpoint's: "
+                        "pixels per side, or height,width")
+    flags = parser.parse(arguments)
+    for flag in ("top", "batch_size"):
+        if getattr(flags, flag) < 1:
+            raise UserError(f"--{flag}={getattr(flags, flag)} must be at least 1.")
+    if flags.features and not flags.features.absolute().parent.is_dir():
+        raise UserError(f"--features: the folder {flags.features.absolute().parent} does not exist;"
+                        " create it first.")
+
+    unreadable = Unreadable()
+    paths = find_images(flags.images, unreadable)
+    if not paths and not unreadable.count:
+        raise UserError(f"There are no images in {', '.join(flags.images)}; files that end in "
+                        f"{', '.join(EXTENSIONS)} are looked for.")
+    options: dict[str, Any] = {"channels": 3, "checkpoint": "best" if flags.best else "last"}
+    if flags.image_size:
+        options["image_size"] = parse_size(flags.image_size)
+    loaded = load_model(flags.checkpoint, **options)
+    print(loaded.report, file=sys.stderr)
+    if not loaded.model.num_classes and not flags.features:
+        raise UserError(f"{flags.checkpoint} has no head, so it gives features, not classes; save "
+                        "them with --features=OUT.npz.")
+
+    kept = []
+
+    def results():
+        for prediction in predict(loaded, paths, unreadable, flags.top, flags.batch_size):
+            if flags.features:
+                kept.append(prediction)
+            yield prediction
+
+    write = {"table": write_table, "json": write_json, "csv": write_csv}[flags.format]
+    write(results(), class_names(loaded), paths)
+    if flags.features:
+        save_features(flags.features, kept, loaded)
+    if unreadable.count:
+        images = len(paths) + unreadable.not_found
+        raise UserError(f"{unreadable.count} of {images} images could not be read.")
+
+
+def predict(
+    loaded: Loaded, paths: list[str], unreadable: "Unreadable", top: int, batch_size: int
+) -> Iterator[Prediction]:
+    """The model's view of every image that can be read, in order.
+
+    Args:
+      loaded: of `load_model`; its preprocessing is the images'.
+      paths: files.
+      unreadable: is told of the others.
+      top: how many classes, at most.
+      batch_size: images at once.
+
+    Raises:
+      UserError: the model gives a prediction for every patch.
+    """
+    model, preprocessing = loaded.model, loaded.metadata["preprocessing"]
+    if "unpooled" in getattr(model, "classifier", ""):
+        raise UserError(f"A model with classifier={model.classifier!r} gives one prediction per "
+                        "patch, not per image.")
+    features_of = model.clone(num_classes=0)
+    body = {name: tree for name, tree in loaded.params.items() if name != "head"}
+    head = make_head(model.num_classes, 0.0, model.dtype) if model.num_classes else None
+    pixels = Pixels(preprocessing["mean"], preprocessing["std"])
+    to_probabilities = jax.nn.sigmoid if loaded.metadata["loss"] == "sigmoid" else jax.nn.softmax
+
+    @jax.jit
+    def step(params, images):
+        features = features_of.apply(
+            {"params": params["body"]}, normalize(images, pixels), train=False)
+        if head is None:
+            return features, None
+        logits = head.apply({"params": params["head"]}, features)
+        return features, jax.lax.top_k(to_probabilities(logits), min(top, model.num_classes))
+
+    config = base_config()
+    config.data.eval_crop = preprocessing["crop"]
+    config.data.eval_resize = preprocessing["resize"]
+    config.data.antialias = preprocessing["antialias"]
+    config.data.interpolation = preprocessing["interpolation"]
+    params = jax.device_put({"body": body, "head": loaded.params.get("head")})
+    size = tuple(preprocessing["image_size"])
+    batch_size = max(1, min(batch_size, len(paths)))
+    batches = eval_batches(
+        Files(paths, unreadable), config, size, unreadable, batch_size=batch_size)
+    for number, batch in enumerate(batches):
+        features, best = jax.device_get(step(params, batch["image"]))
+        for row in np.flatnonzero(batch["mask"]):
+            probabilities, classes = ([], []) if best is None else (x[row].tolist() for x in best)
+            yield Prediction(
+                paths[number * batch_size + row], np.float32(features[row]), classes, probabilities)
+
+
+class Files:
+    """Images without labels, as a source of batches."""
+
+    def __init__(self, paths: list[str], unreadable: "Unreadable"):
+        self._paths = paths
+        self._unreadable = unreadable
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self._paths[index]
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            self._unreadable.report(path, error)
+            data = b""  # will not be decoded, which is no news then
+        return Record(data, 0, path)
+
+
+class Unreadable(BadImages):
+    """Names every image that cannot be read once, on stderr."""
+
+    def __init__(self):
+        super().__init__("skip")
+        self.not_found = 0  # of those that were asked for
+
+    def report(self, origin: str, reason: Exception) -> None:
+        if isinstance(reason, OSError):
+            reason = reason.strerror or reason
+        with self._lock:
+            new = origin not in self._origins
+            self._origins.add(origin)
+        if new:
+            print(f"{origin} cannot be read: {reason}", file=sys.stderr, flush=True)
+
+
+def find_images(arguments: list[str], unreadable: Unreadable) -> list[str]:
+    """Files as they are given, and what directories and theirs hold, by name; hidden ones are
+    left out."""
+    paths = []
+    for argument in arguments:
+        argument = os.path.expanduser(argument)
+        if not os.path.isdir(argument):
+            if os.path.exists(argument):
+                paths.append(argument)
+            else:
+                unreadable.not_found += 1
+                unreadable.report(argument, FileNotFoundError("it does not exist"))
+            continue
+
+        def fail(error):
+            unreadable.not_found += 1
+            unreadable.report(error.filename, error)
+
+        for folder, folders, files in os.walk(argument, onerror=fail):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            paths += [os.path.join(folder, name) for name in sorted(files)
+                      if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    return paths
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'224', '224,384' or '224x384' to (height, width).
+
+    Raises:
+      UserError: anything else.
+    """
+    match = re.fullmatch(r"(\d+)(?:[,x](\d+))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not all(size):
+        raise UserError(f"--image_size={text} is neither a number of pixels nor height,width.")
+    return size
+
+
+def class_names(loaded: Loaded) -> list[str] | None:
+    """The checkpoint's; ImageNet's where it has 1000 classes and no names."""
+    if loaded.metadata["class_names"] is None and loaded.model.num_classes == 1000:
+        return imagenet_classes()
+    names = loaded.metadata["class_names"]
+    return None if names is None else list(names)
+
+
+def imagenet_classes() -> list[str]:
+    """The 1000 classes of ILSVRC 2012; their source is told in the file."""
+    text = resources.files("vit_jax.data").joinpath("imagenet_classes.txt").read_text("utf-8")
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+def _rows(prediction: Prediction, names) -> list[dict[str, Any]]:
+    return [
+        {"class": str(index) if names is None else names[index], "index": index,
+         "probability": probability}
+        for index, probability in zip(prediction.classes, prediction.probabilities, strict=True)]
+
+
+def write_table(predictions: Iterator[Prediction], names, paths: list[str]) -> None:
+    """One line a class; the file stands before its first."""
+    width = max(map(len, [*paths, "file"]))
+    longest = min(_WIDEST, max(map(len, ["class", *(names or ())])))
+    print(f"{'file':{width}}  {'class':{longest}}  index  probability")
+    for prediction in predictions:
+        file = prediction.file
+        for row in _rows(prediction, names) or [{"class": "", "index": "", "probability": None}]:
+            probability = "" if row["probability"] is None else f"{row['probability']:11.4f}"
+            print(f"{file:{width}}  {row['class']:{longest}}  {row['index']:>5}  {probability}",
+                  flush=True)
+            file = ""
+
+
+def write_json(predictions: Iterator[Prediction], names, paths: list[str]) -> None:
+    """An array of {file, predictions: [{class, index, probability}]}, one line an image."""
+    separator = "["
+    for prediction in predictions:
+        entry = {"file": prediction.file, "predictions": _rows(prediction, names)}
+        print(f"{separator}\n{json.dumps(entry, ensure_ascii=False)}", end="", flush=True)
+        separator = ","
+    print("\n]" if separator == "," else "[]", flush=True)
+
+
+def write_csv(predictions: Iterator[Prediction], names, paths: list[str]) -> None:
+    """file,rank,class,index,probability."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(("file", "rank", "class", "index", "probability"))
+    for prediction in predictions:
+        for rank, row in enumerate(_rows(prediction, names), start=1):
+            writer.writerow((prediction.file, rank, *row.values()))
+    sys.stdout.flush()
+
+
+def save_features(path: Path, predictions: list[Prediction], loaded: Loaded) -> None:
+    """`features` float32 [N, D] and `files` [N]; the file is whole or not there."""
+    features = np.stack([p.features for p in predictions]) if predictions else (
+        np.zeros((0, 0), np.float32))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, features=features, files=np.array([p.file for p in predictions], str))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    print(f"{len(predictions)} x {features.shape[1]} features are in {path}.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
