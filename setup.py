@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    package_data={"vit_jax.data": ["imagenet_classes.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",

@@ -1,6 +1,7 @@
 """The command `convert`: a run's weights in another library, errors, and life without PyTorch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from vit_jax.main import main as train
 ROOT = Path(__file__).parent.parent
 TRAIN = [f"--config={tiny_file}", "--config.data.workers=0", "--config.optimizer.learning_rate=0.5",
          "--config.data.antialias=true", "--config.data.interpolation=bicubic",
-         "--config.data.eval_crop=center_crop", "--config.data.eval_resize=10"]
+         "--config.data.eval_crop=center_crop", "--config.data.eval_resize=10",
+         "--config.total_steps=3", "--config.model.num_layers=1"]
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +103,7 @@ def command(*arguments, before=""):
     code = f"import sys\n{before}\nfrom vit_jax import cli, convert\ncli.run_command(convert.main)"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True,
-        text=True, timeout=300, env=_environment())
-
-
-def _environment():
-    import os
-
-    return os.environ | {"JAX_PLATFORMS": "cpu"}
+        text=True, timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
 @pytest.mark.core

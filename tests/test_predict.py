@@ -31,7 +31,7 @@ pytestmark = pytest.mark.core
 def run_of(folder, *arguments):
     with contextlib.redirect_stdout(io.StringIO()):
         train([f"--config={tiny_file}", f"--workdir={folder}", "--config.eval_every=0",
-               "--config.model.num_layers=1", *arguments])
+               "--config.checkpoint_every=0", "--config.model.num_layers=1", *arguments])
     return folder
 
 

@@ -243,17 +243,17 @@ def small_hybrid(**options):
         **(TINY | dict(patch_size=1, embed_layer=embed) | options))
 
 
-@pytest.mark.parametrize("make, size, heads", [
+@pytest.mark.parametrize("make, size, options", [
     (functools.partial(timm.create_model, "vit_tiny_r_s16_p8_224", num_classes=5, depth=1),
-     (64, 96), None),
-    (small_hybrid, (32, 48), 2),
+     (64, 96), {}),
+    (small_hybrid, (32, 48), dict(num_heads=2)),
 ], ids=["R", "R26"])
-def test_hybrids(tmp_path, make, size, heads):
+def test_hybrids(tmp_path, make, size, options):
     module = randomise(make(img_size=size))
     save(tmp_path / "a.safetensors", module)
-    loaded = vit_jax.load_model(tmp_path / "a.safetensors", image_size=size, num_heads=heads)
+    loaded = vit_jax.load_model(tmp_path / "a.safetensors", image_size=size, **options)
     account(loaded, module.state_dict())
-    assert "convolutions standardised as Google does" in str(loaded.report)
+    assert "convolutions standardised by std" in str(loaded.report)
     assert_equal_output(loaded, module, size, tolerance=2e-3)  # timm as it is
     for part in module.modules():
         if isinstance(part, timm.layers.StdConv2dSame):

@@ -255,8 +255,8 @@ def _read_pytorch(file, library, report, num_heads, image_size):
                         "a representation layer here has tanh.")
     if structure.resnet_stages is not None:
         report.assumptions.append(
-            "convolutions standardised as Google does, by std + 1e-5; timm's sqrt(var + 1e-8) gives "
-            "logits that differ by about 0.05 %")
+            "convolutions standardised by std + 1e-5, as Google does; with timm's sqrt(var + 1e-8) "
+            "logits differ by about 0.05 %")
     width = tensors[layouts.LAYOUTS[library].patch_kernel].shape[0]
     heads = num_heads or infer.num_heads(width, config, report)
     if width % heads:

@@ -23,12 +23,11 @@ from vit_jax.training.step import Pixels, normalize
 
 # Largest allowed difference of a logit, times the spread of the logits where that exceeds 1.
 # PLAIN: float32 rounding of two orders of summation; 3e-6 to 6e-6 measured on Ti/16 and B/16.
-# HYBRID_RAW: timm standardises kernels with sqrt(var + 1e-8) where Google has std + 1e-5, which
-#   moves a kernel of std 0.02 by 0.05 %; 4e-4 to 8e-4 measured on R26+S/32 and R50+B/16.
-# HYBRID_MATCHED: with the kernels rescaled, the rounding of dozens of normalised convolutions is
-#   left; 2e-5 to 4e-5 measured, which is also what PyTorch in float32 differs from itself in
-#   float64.
-PLAIN, HYBRID_RAW, HYBRID_MATCHED = 2e-5, 1e-3, 2e-4
+# HYBRID: the rounding of dozens of normalised convolutions, which is also what PyTorch in float32
+#   differs from itself in float64; 2e-5 to 1e-4 measured on R26 and R50. timm's other epsilon, up
+#   to 1.5e-3 on the same models, is no part of it: the other side of a raw export is our model with
+#   timm's epsilon (`export.with_timms_epsilon`), and what that changes is reported as an effect.
+PLAIN, HYBRID = 2e-5, 2e-4
 RANDOM_IMAGES = 4
 _MAX_PIXELS = 1 << 28
 
@@ -93,7 +92,6 @@ def verify(
     images: np.ndarray,
     *,
     given: int = 0,
-    matched: bool = False,
 ) -> Verification:
     """Reads an export back and compares it with the model.
 
@@ -105,7 +103,6 @@ def verify(
       params: its parameters, by path.
       images: float32 [N, H, W, C], normalised.
       given: how many of the images, the last ones, are not random.
-      matched: the kernels of a hybrid were rescaled to timm's epsilon.
     """
     result = Verification(images=(len(images) - given, given))
     try:
@@ -136,12 +133,9 @@ def verify(
         result.status = "FAIL"
         return result
     hybrid = getattr(model, "resnet_stages", None) is not None
-    result.tolerance = max(1.0, result.spread) * (
-        PLAIN if not hybrid else HYBRID_MATCHED if matched else HYBRID_RAW)
+    result.tolerance = max(1.0, result.spread) * (HYBRID if hybrid else PLAIN)
     if not result.reason and not result.max_difference <= result.tolerance:  # also not a number
-        result.reason = "the logits differ by more than the tolerance" + (
-            "; --match_eps removes the difference in the standardised convolutions"
-            if hybrid and not matched and target == "timm" else "")
+        result.reason = "the outputs differ by more than the tolerance"
     result.status = "FAIL" if result.reason else "PASS"
     return result
 
