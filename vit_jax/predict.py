@@ -257,8 +257,8 @@ def write_table(predictions: Iterator[Prediction], names, paths: list[str]) -> N
         file = prediction.file
         for row in _rows(prediction, names) or [{"class": "", "index": "", "probability": None}]:
             probability = "" if row["probability"] is None else f"{row['probability']:11.4f}"
-            print(f"{file:{width}}  {row['class']:{longest}}  {row['index']:>5}  {probability}",
-                  flush=True)
+            line = f"{file:{width}}  {row['class']:{longest}}  {row['index']:>5}  {probability}"
+            print(line.rstrip(), flush=True)
             file = ""
 
 

@@ -13,7 +13,7 @@ import safetensors.numpy
 from checkpoint_makers import apply, flat, pixels, random_params
 from PIL import Image
 
-from vit_jax.checkpoints import card, export, libraries, targets, verify
+from vit_jax.checkpoints import card, epsilon, export, libraries, targets, verify
 from vit_jax.checkpoints.export import VerificationFailed, export_model
 from vit_jax.checkpoints.load import Loaded, load_model
 from vit_jax.checkpoints.report import LoadReport
@@ -120,6 +120,7 @@ def test_timm(tmp_path, torch, fields):
     dict(position_embedding="none"),
 ], ids=["token", "rectangle-exact-gelu", "features", "pooler", "no-positions"])
 def test_hf(tmp_path, torch, fields):
+    pytest.importorskip("transformers", reason="it needs the extra 'parity'")
     loaded = make(**fields)
     size = tuple(loaded.metadata["preprocessing"]["image_size"])
     report = export_model(loaded, "hf", tmp_path / "out")
@@ -174,7 +175,8 @@ def test_match_eps(tmp_path, torch):
     assert "--match_eps" in name and name in (tmp_path / "False" / "README.md").read_text()
     images = verify.random_images((32, 32), 3)
     timm_output, _ = as_the_card_says(tmp_path / "False", images, torch)
-    measured = abs(timm_output.numpy() - apply(loaded.model, loaded.params, images)).max()
+    expected = verify.function(loaded.model, flat(loaded.params))(images)
+    measured = abs(timm_output.numpy() - expected).max()
     assert measured > 3 * raw.verification.max_difference
     assert effect["max_difference"] == pytest.approx(measured, rel=0.3)
     kernels = [safetensors.numpy.load_file(tmp_path / str(match) / "model.safetensors")[
@@ -191,7 +193,7 @@ def test_through_hugging_faces_timm_wrapper(tmp_path, torch):
     images = pixels(2, 32, 48)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        transformers = pytest.importorskip("transformers")
+        transformers = pytest.importorskip("transformers", reason="it needs the extra 'parity'")
         model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
         processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
         logits = model(torch.tensor(images.transpose(0, 3, 1, 2).copy())).logits
@@ -520,7 +522,7 @@ def test_nothing_half_written(tmp_path, monkeypatch, error, target):
 
     monkeypatch.setattr(*((card, "model_card") if target == "timm" else (export, "verify")), fail)
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
-        export_model(make(), target, tmp_path / "out")
+        export_model(make(), target, tmp_path / "out", check=target == "npz")
     assert not list(tmp_path.iterdir())
 
 
@@ -564,3 +566,22 @@ def test_a_verification_in_words():
     text = str(Verification("FAIL", "too far", "timm 1", (3, 4), (4, 1), 1.0, 0.5, 2.0, 2e-5, 3))
     assert "3 of 4" in text and "tolerance 2.0e-05" in text and "3 of 5 agree" in text
     assert text.splitlines()[-1] == "  FAIL     too far"
+
+
+@pytest.mark.core
+def test_either_epsilon():
+    kernel = 0.01 * np.random.default_rng(0).standard_normal((3, 3, 4, 6)) * np.arange(6) + 0.3
+    params = {"block1/unit1/conv1/kernel": kernel.astype(np.float32), "head/kernel": kernel}
+
+    def ours(params):
+        centred = (w := params["block1/unit1/conv1/kernel"].astype(float)) - w.mean((0, 1, 2))
+        return centred / (centred.std((0, 1, 2)) + 1e-5)
+
+    def timms(params):
+        centred = (w := params["block1/unit1/conv1/kernel"].astype(float)) - w.mean((0, 1, 2))
+        return centred / np.sqrt(centred.var((0, 1, 2)) + 1e-8)
+
+    assert abs(ours(params) - timms(params)).max() > 1e-4
+    np.testing.assert_allclose(timms(epsilon.for_timm(params)), ours(params), atol=1e-6)
+    np.testing.assert_allclose(ours(epsilon.as_timm(params)), timms(params), atol=1e-6)
+    assert epsilon.for_timm(params)["head/kernel"] is kernel

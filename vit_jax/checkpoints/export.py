@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 import vit_jax
-from vit_jax.checkpoints import card, google, output, targets
+from vit_jax.checkpoints import card, epsilon, google, output, targets
 from vit_jax.checkpoints.adapt import flatten
 from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.load import Loaded
@@ -179,7 +179,7 @@ def export_model(
             (model, params), (expected, expected_params), batch)
     if getattr(model, "resnet_stages", None) is not None and not match_eps:
         # Of this one epsilon, what is written is compared with a model that has timm's.
-        timms = with_timms_epsilon(expected_params)
+        timms = epsilon.as_timm(expected_params)
         effect = _effect((expected, expected_params), (expected, timms), batch)
         if target == "timm":
             effects[_EPSILON] = effect
@@ -259,8 +259,8 @@ def _tensors(target, model, params, match_eps, changes) -> Params:
     if target == "npz":
         return google.classic(params)
     if match_eps:
-        names = _standardised(params)
-        params = params | {path: _matched(params[path]) for path in names}
+        names = epsilon.standardised(params)
+        params = epsilon.for_timm(params)
         changes.append(f"{len(names)} standardised kernels were rescaled to timm's epsilon"
                        if names else "--match_eps changed nothing: no kernel is standardised")
     tensors = targets.library_tensors(target, params)
@@ -269,35 +269,6 @@ def _tensors(target, model, params, match_eps, changes) -> Params:
     if target == "hf" and not model.num_classes:  # ViTModel, without the name of a head's backbone
         tensors = {name.removeprefix("vit."): x for name, x in tensors.items()}
     return tensors
-
-
-def _standardised(params):
-    return [path for path in params
-            if path.endswith("/kernel") and path.split("/")[-2].startswith("conv")]
-
-
-def _matched(kernel: np.ndarray) -> np.ndarray:
-    """The kernel whose w / sqrt(var + 1e-8) is what (w - mean) / (std + 1e-5) is of this one."""
-    centred, std = _centred(kernel)
-    return (centred * np.sqrt(1e-8 / ((std + 1e-5) ** 2 - std**2))).astype(np.float32)
-
-
-def with_timms_epsilon(params: Params) -> Params:
-    """Parameters with which our model computes what timm does with `params`: their kernels' scale
-    makes (w - mean) / (std + 1e-5) what (w - mean) / sqrt(var + 1e-8) was."""
-
-    def scaled(kernel):
-        centred, std = _centred(kernel)
-        return (centred * 1e3 * (np.sqrt(std**2 + 1e-8) + std)).astype(np.float32)
-
-    return params | {path: scaled(params[path]) for path in _standardised(params)}
-
-
-def _centred(kernel):
-    """In float64, with the standard deviation of every output channel."""
-    kernel = kernel.astype(np.float64)
-    centred = kernel - kernel.mean((0, 1, 2))
-    return centred, centred.std((0, 1, 2))
 
 
 def _rounded(path, tensor, dtype):

@@ -256,7 +256,7 @@ def _read_pytorch(file, library, report, num_heads, image_size):
     if structure.resnet_stages is not None:
         report.assumptions.append(
             "convolutions standardised by std + 1e-5, as Google does; with timm's sqrt(var + 1e-8) "
-            "logits differ by about 0.05 %")
+            "logits differ by a few 1e-4")
     width = tensors[layouts.LAYOUTS[library].patch_kernel].shape[0]
     heads = num_heads or infer.num_heads(width, config, report)
     if width % heads:

@@ -3,6 +3,7 @@ pass against ours, in float32 on the CPU."""
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from vit_jax.training.step import Pixels, normalize
 # HYBRID: the rounding of dozens of normalised convolutions, which is also what PyTorch in float32
 #   differs from itself in float64; 2e-5 to 1e-4 measured on R26 and R50. timm's other epsilon, up
 #   to 1.5e-3 on the same models, is no part of it: the other side of a raw export is our model with
-#   timm's epsilon (`export.with_timms_epsilon`), and what that changes is reported as an effect.
+#   timm's epsilon (`epsilon.as_timm`), and what that changes is reported as an effect.
 PLAIN, HYBRID = 2e-5, 2e-4
 RANDOM_IMAGES = 4
 _MAX_PIXELS = 1 << 28
@@ -183,13 +184,17 @@ def function(model: nn.Module, params: Mapping[str, np.ndarray]) -> Function:
     plain = {"dtype": np.float32, "scan_layers": False, "attention_implementation": "xla"}
     model = model.clone(**{k: v for k, v in plain.items() if hasattr(model, k)})
     tree = nest(dict(params))
-    apply = jax.jit(lambda params, images: model.apply({"params": params}, images, train=False))
 
     def run(images):
         with _on_cpu(), jax.default_matmul_precision("highest"):
-            return in_batches(lambda batch: np.asarray(apply(tree, batch)), images)
+            return in_batches(lambda batch: np.asarray(_apply(tree, batch, model)), images)
 
     return run
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _apply(params, images, model):
+    return model.apply({"params": params}, images, train=False)
 
 
 def _on_cpu():
