@@ -10,7 +10,9 @@ measured yet. The short one, for two CPU cores:
         --config.data.dir=DIRECTORY_OF_TFDS_DATASETS
 
 It reached 54.9% of the 10,000 test images after its three epochs, on CIFAR-10 re-encoded as JPEG of
-quality 75; 28 minutes on two cores that were busy with other work too. The data must be prepared in ArrayRecord form; README says how.
+quality 75; 28 minutes on two cores that were busy with other work too.
+
+The data must be prepared in ArrayRecord form; README says how.
 """
 
 from vit_jax.config import base_config

@@ -300,7 +300,9 @@ def test_no_warnings(tmp_path):
         train.labels()
 
 
-def test_tensorflow_is_not_needed(cifar10_dir):
+@pytest.mark.parametrize("mark", [False, True])
+def test_tensorflow_is_not_needed(cifar10_dir, mark):
+    """Neither with an import hook that fails nor with Python's own mark for "do not import"."""
     program = textwrap.dedent(f"""
         import sys
 
@@ -310,6 +312,8 @@ def test_tensorflow_is_not_needed(cifar10_dir):
                     raise ImportError(name + " was imported")
 
         sys.meta_path.insert(0, NoTensorFlow())
+        if {mark}:
+            sys.modules["tensorflow"] = None
         from vit_jax.data.decode import decode_image
         from vit_jax.data.sources import open_splits
 

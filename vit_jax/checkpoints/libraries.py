@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -41,7 +43,7 @@ def _import(*names):
     modules = []
     for name in names:
         try:
-            modules.append(importlib.import_module(name))
+            modules.append(_import_one(name))
         except ImportError as error:
             missing = getattr(error, "name", None)
             raise Unavailable(f"{missing} is not installed" if missing in names else
@@ -49,6 +51,30 @@ def _import(*names):
         except Exception as error:  # torchvision built for another PyTorch: RuntimeError
             raise Unavailable(f"{name} cannot be imported ({first_line(error)})") from error
     return modules
+
+
+_declared = []  # a torch.library.Library drops its operators with its last reference
+
+
+def _import_one(name):
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        # A torchvision built for another PyTorch cannot load its compiled operators and refuses to
+        # be imported, and timm and transformers with it. No Vision Transformer runs one of them,
+        # so it is enough that their names exist.
+        if "operator torchvision::" not in str(error) or _declared:
+            raise
+        import torch
+
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(
+                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+        for module in [m for m in sys.modules if m.partition(".")[0] in (name, "torchvision")]:
+            del sys.modules[module]  # what the failed import left behind
+        return importlib.import_module(name)
 
 
 def first_line(error: Exception) -> str:
@@ -99,7 +125,10 @@ def _load_npz(path, model, shape):
 
 
 def _load_hf(path, model, shape):
-    torch, transformers = _import("torch", "transformers")
+    # transformers imports torchvision late and where it is installed, so that comes before it.
+    torch, *_, transformers = _import(
+        "torch", *(["torchvision"] if importlib.util.find_spec("torchvision") else []),
+        "transformers")
     architecture = json.loads((path / "config.json").read_text())["architectures"][0]
     options, output = {}, lambda result: result.logits
     if architecture == "ViTModel":
