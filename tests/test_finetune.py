@@ -62,6 +62,7 @@ def test_other_classes_and_resolution(pretrained, photos, tmp_path, capsys):
     loaded = vit_jax.load_model(workdir)
     assert loaded.model.activation == "gelu" and loaded.model.layer_scale == 0.1
     assert loaded.metadata["class_names"] == ("blue", "red")
+    assert loaded.metadata["position_resize"] == "corner_aligned"
     assert loaded.metadata["preprocessing"]["mean"] == 0.4
     assert loaded.metadata["preprocessing"]["std"] == [0.2, 0.3, 0.4]
     # Continuing does not start from the checkpoint again.

@@ -1,7 +1,10 @@
 """`load_model` on runs of our own, and what it can change about any checkpoint."""
 
 import contextlib
+import functools
+import http.server
 import io
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -251,3 +254,27 @@ def test_changes_that_cannot_be(path, options, message):
     with pytest.raises(UserError) as error:
         vit_jax.load_model(path, **options)
     assert message in str(error.value)
+
+
+# ---- By name -------------------------------------------------------------------------------------
+
+def test_by_name(path, params, tmp_path, monkeypatch):
+    """From a mirror on this machine, once; then from the cache, with the mirror gone."""
+    mirror = tmp_path / "mirror"
+    (mirror / "imagenet21k").mkdir(parents=True)
+    (mirror / "imagenet21k" / "ViT-B_16.npz").write_bytes(path.read_bytes())
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {
+        "log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(quiet, directory=str(mirror)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("VIT_JAX_MODELS_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+    try:
+        first = vit_jax.load_model("imagenet21k:ViT-B_16")
+    finally:
+        server.shutdown()
+        server.server_close()
+    again = vit_jax.load_model("imagenet21k:B/16")
+    for loaded in (first, again):
+        jax.tree.map(np.testing.assert_array_equal, flat(loaded.params), flat(params))

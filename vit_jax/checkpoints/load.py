@@ -35,8 +35,9 @@ class Loaded:
       params: its parameters, nested dictionaries of float32 arrays; use
         `model.apply({'params': params}, images, train=False)`.
       metadata: `preprocessing` (image_size, crop, resize, interpolation, antialias, mean, std),
-        `class_names` (or None), `position_resize` (or None), `dialect`, and `loss`, 'softmax' or
-        'sigmoid' where it is known from a workdir (else None).
+        `class_names` (or None), `position_resize` (the mode, if the position embedding was resized
+        now or for the run; else None), `dialect`, and `loss`, 'softmax' or 'sigmoid' where it is
+        known from a workdir (else None).
       report: what happened to every tensor.
     """
 
@@ -58,6 +59,7 @@ class Contents:
     class_names: tuple[str, ...] | None
     report: LoadReport
     loss: str | None = None  # that it was trained with
+    position_resize: str | None = None  # how its position embedding came to its size, if resized
 
 
 def load_model(path: str | Path, **overrides) -> Loaded:
@@ -113,7 +115,7 @@ def load_model(path: str | Path, **overrides) -> Loaded:
     metadata = {
         "preprocessing": contents.preprocessing | {"image_size": list(size)} | told,
         "class_names": None if head_is_new else contents.class_names,
-        "position_resize": mode if resized else None,
+        "position_resize": mode if resized else contents.position_resize,
         "dialect": report.dialect,
         "loss": contents.loss,
     }
@@ -165,7 +167,13 @@ def read(
     if checkpoint not in ("last", "best"):
         raise UserError(f"checkpoint={checkpoint!r} is neither 'last' nor 'best'.")
     if names.is_name(str(path)):
-        path = download(names.resolve(str(path)).url)
+        remote = names.resolve(str(path))
+        contents = read(download(remote.url), num_heads=num_heads, image_size=image_size,
+                        checkpoint=checkpoint)
+        if remote.reason:
+            contents.report.assumptions.append(
+                f"{path} is {remote.file_name} ({remote.reason})")
+        return contents
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
         return _read_workdir(path, checkpoint)
@@ -209,8 +217,10 @@ def _read_workdir(path, which):
     if isinstance(model, VisionTransformer):
         stride = model.patch_size * model.stem_stride
         grid = (size[0] // stride, size[1] // stride)
+    config = meta["config"]
     return Contents(params, fields, type(model), grid, meta["preprocessing"],
-                    tuple(meta["class_names"]), report, loss=meta["config"]["loss"]["name"])
+                    tuple(meta["class_names"]), report, loss=config["loss"]["name"],
+                    position_resize=config["init_position_resize"] if config["init"] else None)
 
 
 def _read_google(file, report, image_size):
