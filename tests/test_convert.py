@@ -1,5 +1,6 @@
 """The command `convert`: a run's weights in another library, errors, and life without PyTorch."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -47,6 +48,20 @@ def refusal(*arguments):
     with pytest.raises(UserError) as error:
         main(list(map(str, arguments)))
     return str(error.value)
+
+
+@pytest.mark.parametrize("target", ["timm", "hf", "torchvision"])
+def test_the_command_compares_with_the_installed_library(workdir, tmp_path, target):
+    """In a process of its own, without the tests' help for a torchvision that does not import."""
+    for library in ("torch", "torchvision", "timm", "transformers"):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed; this needs the extra 'parity'")
+    result = subprocess.run(
+        [sys.executable, "-m", "vit_jax.convert", f"--from={workdir}", f"--to={target}",
+         f"--out={tmp_path / 'out'}", "--allow_gelu_change"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "\n  PASS" in result.stdout and "4 of 4 agree" in result.stdout
 
 
 def test_a_run_predicts_the_same_in_timm(workdir, photos, tmp_path, capsys):

@@ -272,16 +272,17 @@ def test_a_directory_and_its_account(tmp_path):
     assert load_model(folder).metadata["class_names"] == names
 
 
+SQUASH = dict(crop="squash", mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4])
+CENTER_CROP = dict(crop="center_crop", resize=37, interpolation="bicubic")
+
+
 @pytest.mark.core
-@pytest.mark.parametrize("size, preprocessing", [
-    ((32, 32), dict(crop="squash", mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4])),
-    ((32, 32), dict(crop="center_crop", resize=37, interpolation="bicubic")),
-    ((32, 48), dict(crop="center_crop", resize=41)),
-], ids=["squash", "center-crop", "rectangle"])
-@pytest.mark.parametrize("target", ["timm", "hf", "torchvision"])
+@pytest.mark.parametrize("target, size, preprocessing", [
+    *((target, (32, 32), preprocessing) for target in ("timm", "hf", "torchvision")
+      for preprocessing in (SQUASH, CENTER_CROP)),
+    *((target, (32, 48), dict(crop="center_crop", resize=41)) for target in ("timm", "hf")),
+])  # torchvision takes squares alone
 def test_preprocessing_comes_back(tmp_path, target, size, preprocessing):
-    if target == "torchvision" and size[0] != size[1]:
-        pytest.skip("torchvision takes squares")
     loaded = make(size, activation="gelu", preprocessing=preprocessing)
     report = export_model(loaded, target, tmp_path / "out", check=False)
     back = load_model(tmp_path / "out").metadata["preprocessing"]
@@ -501,12 +502,12 @@ def test_what_the_library_would_get_wrong(tmp_path, monkeypatch, torch, what):
 @pytest.mark.core
 def test_a_library_that_cannot_be_imported(tmp_path, monkeypatch):
     def broken(name):
-        raise RuntimeError("operator torchvision::nms does not exist\nand more")
+        raise RuntimeError("it was built for another machine\nand more")
 
     monkeypatch.setattr(libraries.importlib, "import_module", broken)
     report = export_model(make(), "hf", tmp_path / "out")
     assert report.verification.status == "SKIPPED"
-    assert "torchvision::nms" in report.verification.reason
+    assert "built for another machine" in report.verification.reason
     assert "and more" not in report.verification.reason
     assert report.verification.tensors == (report.tensors, report.tensors)
 
