@@ -141,7 +141,7 @@ FIELDS: dict[str, Field] = {
     "loss.label_smoothing": Field(0.0, float, "probability spread evenly over all classes",
                                   minimum=0, maximum=0.99),
     #
-    "optimizer.name": Field("adamw", str, "", choices=("adamw", "adam", "sgd")),
+    "optimizer.name": Field("adamw", str, "update rule", choices=("adamw", "adam", "sgd")),
     "optimizer.learning_rate": Field(1e-3, float, "peak of the schedule", minimum=0),
     "optimizer.weight_decay": Field(0.0, float, "decoupled, times the learning rate, kernels only",
                                     minimum=0),

@@ -80,16 +80,6 @@ def test_a_stream_can_start_at_any_step(config, first_step):
     assert_same(take(config, source, 9 - first_step, first_step=first_step), whole[first_step:])
 
 
-def test_shares_of_processes_make_up_the_batch(config):
-    config = validate(config)
-    whole = take(config, Numbered(37), 3)
-    halves = [take(config, Numbered(37), 3, rows=rows) for rows in ((0, 4), (4, 10))]
-    joined = [
-        {key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*halves, strict=True)
-    ]
-    assert_same(joined, whole)
-
-
 def test_every_epoch_shows_every_record_once_in_another_order(config):
     source = Numbered(30)
     batches = take(validate(config), source, 9)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_models import abstract_params, tiny
 
-from vit_jax.models.summary import flops_per_image, format_summary, summarize
+from vit_jax.models.summary import format_summary, summarize
 from vit_jax.models.variants import create_model
 
 pytestmark = pytest.mark.core
@@ -25,13 +25,14 @@ pytestmark = pytest.mark.core
 )
 def test_multiply_adds_are_the_published_ones(name, size, layers, tokens, width, published):
     """timm's table of giga-multiply-adds counts 5 for every element of a LayerNorm, we do not."""
-    flops = flops_per_image(create_model(name, num_classes=1000), (size, size))
+    flops = summarize(create_model(name, num_classes=1000), (size, size)).flops
     normalisation = 5 * (2 * layers + 1) * tokens * width
     assert (flops / 2 + normalisation) / 1e9 == pytest.approx(published, abs=0.006)
 
 
 def test_resnet50_has_its_usual_cost():
-    assert flops_per_image(create_model("R50x1", num_classes=1000), (224, 224)) == 2 * 4_089_184_256
+    summary = summarize(create_model("R50x1", num_classes=1000), (224, 224))
+    assert summary.flops == 2 * 4_089_184_256
 
 
 def test_every_product_of_a_block_is_counted():
@@ -40,7 +41,7 @@ def test_every_product_of_a_block_is_counted():
     images, patches = 8 * 8 * 3, n - 1
     embedding = images // patches * patches * d
     block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
-    assert flops_per_image(tiny(num_layers=1), (8, 8)) == 2 * (embedding + block + d * c)
+    assert summarize(tiny(num_layers=1), (8, 8)).flops == 2 * (embedding + block + d * c)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_the_compiler_counts_alike(model, size, least, most):
         return model.apply({"params": params}, images, train=False)
 
     by_xla = jax.jit(forward).lower(params, images).compile().cost_analysis()["flops"]
-    assert least <= by_xla / flops_per_image(model, (size, size)) <= most
+    assert least <= by_xla / summarize(model, (size, size)).flops <= most
 
 
 @pytest.mark.parametrize("name", ["B/16", "R50+B/16", "R50x1"])

@@ -72,7 +72,6 @@ def train_batches(
     bad_images: BadImages,
     *,
     first_step: int = 0,
-    rows: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches, from the one of step `first_step` on.
 
@@ -82,13 +81,10 @@ def train_batches(
       size: (height, width) of the model's input.
       bad_images: what to do about images that cannot be decoded.
       first_step: updates that were already made.
-      rows: (begin, end) of this process's share of every batch; None for all.
 
     Yields:
       image uint8 [B, H, W, 3], label int32 [B], mask bool [B], flip bool [B].
     """
-    begin, end = rows or (0, config.batch_size)
-
     def example(index, rng):
         flip = config.data.flip and bool(rng.random() < 0.5)
         record = source[index]
@@ -110,8 +106,7 @@ def train_batches(
     def positions():
         step = first_step
         while True:
-            start = step * config.batch_size
-            yield range(start + begin, start + end)
+            yield range(step * config.batch_size, (step + 1) * config.batch_size)
             step += 1
 
     yield from _parallel_batches(examples.__getitem__, positions(), size, config.data.workers)
@@ -124,10 +119,8 @@ def eval_batches(
     bad_images: BadImages,
     *,
     batch_size: int,
-    rows: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """One pass over a split in order; the last batch is padded with images whose mask is False."""
-    begin, end = rows or (0, batch_size)
     blank = np.zeros((*size, 3), np.uint8)
 
     def example(index):
@@ -140,8 +133,7 @@ def eval_batches(
         return Example(eval_crop(image, size, config.data), record.label)
 
     positions = (
-        range(start + begin, start + end) for start in range(0, len(source), batch_size)
-    )
+        range(start, start + batch_size) for start in range(0, len(source), batch_size))
     yield from _parallel_batches(example, positions, size, config.data.workers)
 
 

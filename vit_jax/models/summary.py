@@ -101,11 +101,6 @@ def summarize(model: nn.Module, image_size: tuple[int, int], channels: int = 3) 
     return Summary(tuple(image_size), tuple(rows), parameters[()], flops[()])
 
 
-def flops_per_image(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """Forward FLOPs of one image, see `summarize`; a training step takes about three times that."""
-    return summarize(model, image_size).flops
-
-
 def _products(jaxpr: Jaxpr, stack=(), times=1) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yields (name stack, FLOPs) for every matrix product and convolution, nested ones too."""
     for equation in jaxpr.eqns:
