@@ -56,6 +56,11 @@ FIELDS: dict[str, Field] = {
     "eval_every": Field(1000, int, "steps between evaluations; 0: only at the end", minimum=0),
     "checkpoint_every": Field(1000, int, "steps between checkpoints; 0: only the best and the last",
                               minimum=0),
+    "ema_decay": Field(None, float, "keeps averaged weights, moved towards the trained ones by 1 - "
+                       "this factor an update; they are evaluated too (eval_ema/*)",
+                       optional=True, minimum=0, maximum=0.9999999),
+    "profile_steps": Field(None, tuple, "(first, last): steps that the profiler records into "
+                           "WORKDIR/profile", optional=True, item=int, length=2, minimum=1),
     "dtype": Field("float32", str, "of the computation; parameters are always float32",
                    choices=("float32", "bfloat16")),
     "parallelism": Field("jit", str, "'jit' over the mesh, or 'pmap' (data parallel only)",
@@ -118,6 +123,15 @@ FIELDS: dict[str, Field] = {
     "data.crop_padding": Field(4, int, "pixels of zeros on each side for train_crop='pad'",
                                minimum=0),
     "data.flip": Field(True, bool, "mirror half of the training images left to right"),
+    "data.randaugment": Field(None, tuple, "(operations, magnitude): that many of RandAugment's "
+                              "operations on every training image, magnitude in [0, 30]",
+                              optional=True, item=int, length=2, minimum=0, maximum=30),
+    "data.random_erasing": Field(0.0, float, "probability that a rectangle of a training image "
+                                 "becomes noise", minimum=0, maximum=1),
+    "data.mixup": Field(0.0, float, "alpha of the Beta distribution that mixup draws its weights "
+                        "from; 0: no mixup", minimum=0),
+    "data.cutmix": Field(0.0, float, "the same for CutMix; with both, each image takes one of them",
+                         minimum=0),
     "data.eval_crop": Field("squash", str, "'squash' (the whole image, Google's code) or "
                             "'center_crop' (resize the short side, crop)",
                             choices=("squash", "center_crop")),
@@ -141,11 +155,12 @@ FIELDS: dict[str, Field] = {
     "loss.label_smoothing": Field(0.0, float, "probability spread evenly over all classes",
                                   minimum=0, maximum=0.99),
     #
-    "optimizer.name": Field("adamw", str, "update rule", choices=("adamw", "adam", "sgd")),
+    "optimizer.name": Field("adamw", str, "update rule",
+                            choices=("adamw", "adam", "adafactor", "sgd")),
     "optimizer.learning_rate": Field(1e-3, float, "peak of the schedule", minimum=0),
     "optimizer.weight_decay": Field(0.0, float, "decoupled, times the learning rate, kernels only",
                                     minimum=0),
-    "optimizer.momentum": Field(0.9, float, "of sgd", minimum=0, maximum=1),
+    "optimizer.momentum": Field(0.9, float, "of sgd and adafactor", minimum=0, maximum=1),
     "optimizer.beta1": Field(0.9, float, "of adam and adamw", minimum=0, maximum=0.999999),
     "optimizer.beta2": Field(0.999, float, "of adam and adamw", minimum=0, maximum=0.999999),
     "optimizer.epsilon": Field(1e-8, float, "of adam and adamw", minimum=0),
@@ -165,6 +180,8 @@ FIELDS: dict[str, Field] = {
                                 minimum=0),
     "schedule.timescale": Field(10_000, int, "of rsqrt: rate / sqrt(1 + steps / timescale)",
                                 minimum=1),
+    "schedule.cooldown_steps": Field(0, int, "last updates, over which the rate falls linearly to "
+                                     "0 (rsqrt and constant)", minimum=0),
 }
 
 # What a run may be resumed with although its workdir was started otherwise: nothing here changes
@@ -172,6 +189,7 @@ FIELDS: dict[str, Field] = {
 RESUMABLE = (
     "data.workers", "data.dir", "mesh.data", "mesh.fsdp", "mesh.tensor", "parallelism",
     "log_every", "eval_every", "checkpoint_every", "eval_batch_size", "total_steps", "epochs",
+    "profile_steps",
 )  # fmt: skip
 
 
