@@ -273,3 +273,11 @@ def test_a_run_with_blanks_in_its_paths(tmp_path):
     assert "2 steps of 16" in out
     assert (tmp_path / "my run" / "config.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"my recipes", "my run"}
+
+
+def test_parse_image_size():
+    assert cli.parse_image_size("224") == (224, 224)
+    assert cli.parse_image_size("224,384") == cli.parse_image_size("224x384") == (224, 384)
+    for text in ("", "0", "-8", "8,", "8,8,8", "8.0"):
+        with pytest.raises(UserError):
+            cli.parse_image_size(text)

@@ -21,8 +21,9 @@ from vit_jax.data.pipeline import eval_crop
 from vit_jax.data.sources import open_eval
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate_checkpoint
+from vit_jax.images import Unreadable
 from vit_jax.main import main as train
-from vit_jax.predict import Unreadable, imagenet_classes, main, parse_size, predict
+from vit_jax.predict import imagenet_classes, main, predict
 from vit_jax.training.workdir import read_config
 
 pytestmark = pytest.mark.core
@@ -289,14 +290,6 @@ def test_predictions_per_patch_are_refused(tmp_path, digits):
     loaded = vit_jax.load_model(path, classifier="token_unpooled")
     with pytest.raises(UserError, match="one prediction per patch"):
         list(predict(loaded, [str(digits / "000.png")], Unreadable(), 5, 1))
-
-
-def test_parse_size():
-    assert parse_size("224") == (224, 224)
-    assert parse_size("224,384") == parse_size("224x384") == (224, 384)
-    for text in ("", "0", "-8", "8,", "8,8,8", "8.0"):
-        with pytest.raises(UserError):
-            parse_size(text)
 
 
 def test_help(capsys):

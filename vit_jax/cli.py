@@ -8,9 +8,11 @@ import argparse
 import difflib
 import inspect
 import os
+import re
 import runpy
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ import ml_collections
 from vit_jax.config import FIELDS, from_json, parse_value, set_value
 from vit_jax.errors import UserError
 
+# Process 0 ends last: without it the others are cut off before they can say what they failed of.
+_LAST_WORDS_SECONDS = 2
 EXIT_SAVED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; run the same command again
 
 
@@ -40,16 +44,25 @@ def run_command(command: Callable[[list[str]], None]) -> None:
         command(sys.argv[1:])
     except UserError as error:
         _fail(f"error: {error}", 1)
-    except Stopped as stop:
-        _fail(str(stop), stop.exit_code)
+    except Stopped as stop:  # all processes of a run come here together
+        sys.stdout.flush()
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
+    except Exception:
+        _fail(traceback.format_exc(), 1)
     sys.stdout.flush()
 
 
 def _fail(message, code):
     sys.stdout.flush()
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # The normal way out waits minutes for the other processes, which wait for this one.
+        if sys.modules["jax"].process_index() == 0:
+            time.sleep(_LAST_WORDS_SECONDS)
+        os._exit(code)
     sys.exit(code)
 
 
@@ -160,3 +173,16 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: dict[str, str]
     """Sets the command line's values, read as each key's own type."""
     for path, text in overrides.items():
         set_value(config, path, parse_value(path, text))
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """`--image_size`: '224', '224,384' or '224x384' to (height, width).
+
+    Raises:
+      UserError: anything else.
+    """
+    match = re.fullmatch(r"(\d+)(?:[,x](\d+))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not all(size):
+        raise UserError(f"--image_size={text} is neither a number of pixels nor height,width.")
+    return size

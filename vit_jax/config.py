@@ -57,7 +57,8 @@ FIELDS: dict[str, Field] = {
     "checkpoint_every": Field(1000, int, "steps between checkpoints; 0: only the best and the last",
                               minimum=0),
     "ema_decay": Field(None, float, "keeps averaged weights, moved towards the trained ones by 1 - "
-                       "this factor an update; they are evaluated too (eval_ema/*)",
+                       "this factor an update (update t: at most (1 + t) / (10 + t)); they are "
+                       "evaluated too (eval_ema/*)",
                        optional=True, minimum=0, maximum=0.9999999),
     "profile_steps": Field(None, tuple, "(first, last): steps that the profiler records into "
                            "WORKDIR/profile", optional=True, item=int, length=2, minimum=1),
@@ -98,7 +99,8 @@ FIELDS: dict[str, Field] = {
     "model.remat": _model(str, "what the backward pass recomputes to save memory",
                           choices=MODEL_CHOICES["remat"]),
     "model.attention_implementation": _model(
-        str, "attention kernel", choices=MODEL_CHOICES["attention_implementation"]),
+        str, "attention kernel; 'auto' is cuDNN's where it can be used",
+        choices=MODEL_CHOICES["attention_implementation"]),
     "model.activation": _model(str, "Google's tanh GELU, or the exact one",
                                choices=MODEL_CHOICES["activation"]),
     "model.layer_scale": _model(float, "initial gamma of LayerScale"),
@@ -127,9 +129,9 @@ FIELDS: dict[str, Field] = {
                               "operations on every training image, magnitude in [0, 30]",
                               optional=True, item=int, length=2, minimum=0, maximum=30),
     "data.random_erasing": Field(0.0, float, "probability that a rectangle of a training image "
-                                 "becomes noise", minimum=0, maximum=1),
-    "data.mixup": Field(0.0, float, "alpha of the Beta distribution that mixup draws its weights "
-                        "from; 0: no mixup", minimum=0),
+                                 "becomes noise, as timm's mode 'pixel'", minimum=0, maximum=1),
+    "data.mixup": Field(0.0, float, "alpha of the Beta distribution that mixup draws every image's "
+                        "weight from; 0: no mixup", minimum=0),
     "data.cutmix": Field(0.0, float, "the same for CutMix; with both, each image takes one of them",
                          minimum=0),
     "data.eval_crop": Field("squash", str, "'squash' (the whole image, Google's code) or "
@@ -392,6 +394,11 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         raise UserError(
             "config.optimizer.name='adam' has no weight decay; use 'adamw' (decoupled decay) or "
             "set config.optimizer.weight_decay=0."
+        )
+    if config.ema_decay == 0:
+        raise UserError(
+            "config.ema_decay=0 would average nothing; use none for no averaged weights, or a "
+            "factor such as 0.9999."
         )
     if config.optimizer.clip_norm == 0:
         raise UserError(

@@ -42,15 +42,15 @@ class Evaluation:
         """Share of images whose most likely class is right."""
         return float(np.mean(self.predictions == self.labels))
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self, prefix: str = "eval") -> dict[str, float]:
         """Accuracy, loss, count; the top-5 accuracy where there are more than five classes."""
         result = {
-            "eval/accuracy": self.accuracy,
-            "eval/loss": float(np.mean(self.losses)),
-            "eval/images": self.images,
+            f"{prefix}/accuracy": self.accuracy,
+            f"{prefix}/loss": float(np.mean(self.losses)),
+            f"{prefix}/images": self.images,
         }
         if self.num_classes > 5:
-            result["eval/top5_accuracy"] = float(np.mean(self.in_top5))
+            result[f"{prefix}/top5_accuracy"] = float(np.mean(self.in_top5))
         return result
 
     def __str__(self) -> str:
@@ -77,22 +77,25 @@ def make_evaluator(
     the number of devices enters.
     """
     size = config_lib.image_size(config)
-    step = parallel.compile_eval_step(make_eval_step(model, config, pixels), mesh)
     shards = partition.batch_shards(mesh)
     # Any size works: the batch is rounded up to the devices, the surplus masked.
     batch_size = -(-(config.eval_batch_size or config.batch_size) // shards) * shards
+    step = parallel.compile_eval_step(make_eval_step(model, config, pixels), mesh, batch_size)
+    share = parallel.process_rows(mesh, batch_size)
 
     def evaluate(params):
         rows = collections.defaultdict(list)
         waiting: collections.deque = collections.deque()
 
         def collect():
-            outputs, label, mask = waiting.popleft()
-            for key, values in (jax.device_get(outputs) | {"label": label}).items():
+            outputs = jax.device_get(waiting.popleft())
+            mask = outputs.pop("mask")
+            for key, values in outputs.items():
                 rows[key].append(values[mask])
 
-        for batch in eval_batches(source, config, size, bad_images, batch_size=batch_size):
-            waiting.append((step(params, batch), batch["label"], batch["mask"]))
+        for batch in eval_batches(
+                source, config, size, bad_images, batch_size=batch_size, rows=share):
+            waiting.append(step(params, batch))
             if len(waiting) > 1:  # one batch computes while the next is decoded
                 collect()
         while waiting:

@@ -9,6 +9,7 @@ from vit_jax import cli, config
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate_checkpoint
 from vit_jax.train import train
+from vit_jax.training import distributed
 from vit_jax.training import workdir as workdir_lib
 from vit_jax.training.stop import StopSignal
 
@@ -30,6 +31,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
                         help="which one --mode=evaluate evaluates")
+    several = parser.add_argument_group(
+        "a run of several processes", "(see docs/clusters.md; launch/ has a script for each place)")
+    several.add_argument("--cluster", choices=distributed.CLUSTERS, default="auto",
+                         help="what tells the processes about each other; none: a run of its own")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num_processes", metavar="N", type=int)
+    several.add_argument("--process_id", metavar="I", type=int, help="this process, from 0")
     flags = parser.parse(rest)
     # A relative path given here must mean the same after the config file ran.
     workdir = flags.workdir and flags.workdir.expanduser().absolute()
@@ -44,6 +52,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("--config=FILE.py is missing; configs/quickstart.py is a start.")
     cli.apply_overrides(settings, overrides)
     settings = config.validate(settings)
+    distributed.start(flags.cluster, flags.coordinator, flags.num_processes, flags.process_id)
 
     try:
         if flags.mode == "train":
@@ -57,7 +66,13 @@ def main(arguments: list[str]) -> None:
             print(evaluation.final_line(), flush=True)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            raise
+            if jax.process_count() == 1:
+                raise
+            raise UserError(
+                "This run of several processes broke off, most likely because another process "
+                f"ended: see what that one said ({distributed.first_line(error)}). Starting all of "
+                "them again continues from the last checkpoint."
+            ) from error
         raise UserError(
             f"Out of device memory at config.batch_size={settings.batch_size}, "
             f"accumulation_steps={settings.accumulation_steps}, remat={settings.model.remat}. "

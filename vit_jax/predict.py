@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from importlib import resources
@@ -15,11 +14,9 @@ import numpy as np
 
 from vit_jax import cli
 from vit_jax.checkpoints.load import Loaded, load_model
-from vit_jax.config import base_config
 from vit_jax.data.folder import EXTENSIONS
-from vit_jax.data.pipeline import BadImages, eval_batches
-from vit_jax.data.records import Record
 from vit_jax.errors import UserError
+from vit_jax.images import Unreadable, batches_of, find_images
 from vit_jax.models.resnet import make_head
 from vit_jax.training.step import Pixels, normalize
 
@@ -71,12 +68,9 @@ def main(arguments: list[str]) -> None:
 
     unreadable = Unreadable()
     paths = find_images(flags.images, unreadable)
-    if not paths and not unreadable.count:
-        raise UserError(f"There are no images in {', '.join(flags.images)}; files that end in "
-                        f"{', '.join(EXTENSIONS)} are looked for.")
     options: dict[str, Any] = {"channels": 3, "checkpoint": "best" if flags.best else "last"}
     if flags.image_size:
-        options["image_size"] = parse_size(flags.image_size)
+        options["image_size"] = cli.parse_image_size(flags.image_size)
     loaded = load_model(flags.checkpoint, **options)
     print(loaded.report, file=sys.stderr)
     if not loaded.model.num_classes and not flags.features:
@@ -95,13 +89,11 @@ def main(arguments: list[str]) -> None:
     write(results(), class_names(loaded), paths)
     if flags.features:
         save_features(flags.features, kept, loaded)
-    if unreadable.count:
-        images = len(paths) + unreadable.not_found
-        raise UserError(f"{unreadable.count} of {images} images could not be read.")
+    unreadable.check(paths)
 
 
 def predict(
-    loaded: Loaded, paths: list[str], unreadable: "Unreadable", top: int, batch_size: int
+    loaded: Loaded, paths: list[str], unreadable: Unreadable, top: int, batch_size: int
 ) -> Iterator[Prediction]:
     """The model's view of every image that can be read, in order.
 
@@ -134,97 +126,12 @@ def predict(
         logits = head.apply({"params": params["head"]}, features)
         return features, jax.lax.top_k(to_probabilities(logits), min(top, model.num_classes))
 
-    config = base_config()
-    config.data.eval_crop = preprocessing["crop"]
-    config.data.eval_resize = preprocessing["resize"]
-    config.data.antialias = preprocessing["antialias"]
-    config.data.interpolation = preprocessing["interpolation"]
     params = jax.device_put({"body": body, "head": loaded.params.get("head")})
-    size = tuple(preprocessing["image_size"])
-    batch_size = max(1, min(batch_size, len(paths)))
-    batches = eval_batches(
-        Files(paths, unreadable), config, size, unreadable, batch_size=batch_size)
-    for number, batch in enumerate(batches):
-        features, best = jax.device_get(step(params, batch["image"]))
-        for row in np.flatnonzero(batch["mask"]):
+    for images, rows in batches_of(paths, preprocessing, unreadable, batch_size):
+        features, best = jax.device_get(step(params, images))
+        for row, path in rows:
             probabilities, classes = ([], []) if best is None else (x[row].tolist() for x in best)
-            yield Prediction(
-                paths[number * batch_size + row], np.float32(features[row]), classes, probabilities)
-
-
-class Files:
-    """Images without labels, as a source of batches."""
-
-    def __init__(self, paths: list[str], unreadable: "Unreadable"):
-        self._paths = paths
-        self._unreadable = unreadable
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Record:
-        path = self._paths[index]
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            self._unreadable.report(path, error)
-            data = b""  # will not be decoded, which is no news then
-        return Record(data, 0, path)
-
-
-class Unreadable(BadImages):
-    """Names every image that cannot be read once, on stderr."""
-
-    def __init__(self):
-        super().__init__("skip")
-        self.not_found = 0  # of those that were asked for
-
-    def report(self, origin: str, reason: Exception) -> None:
-        if isinstance(reason, OSError):
-            reason = reason.strerror or reason
-        with self._lock:
-            new = origin not in self._origins
-            self._origins.add(origin)
-        if new:
-            print(f"{origin} cannot be read: {reason}", file=sys.stderr, flush=True)
-
-
-def find_images(arguments: list[str], unreadable: Unreadable) -> list[str]:
-    """Files as they are given, and what directories and theirs hold, by name; hidden ones are
-    left out."""
-    paths = []
-    for argument in arguments:
-        argument = os.path.expanduser(argument)
-        if not os.path.isdir(argument):
-            if os.path.exists(argument):
-                paths.append(argument)
-            else:
-                unreadable.not_found += 1
-                unreadable.report(argument, FileNotFoundError("it does not exist"))
-            continue
-
-        def fail(error):
-            unreadable.not_found += 1
-            unreadable.report(error.filename, error)
-
-        for folder, folders, files in os.walk(argument, onerror=fail):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            paths += [os.path.join(folder, name) for name in sorted(files)
-                      if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    return paths
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """'224', '224,384' or '224x384' to (height, width).
-
-    Raises:
-      UserError: anything else.
-    """
-    match = re.fullmatch(r"(\d+)(?:[,x](\d+))?", text)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not all(size):
-        raise UserError(f"--image_size={text} is neither a number of pixels nor height,width.")
-    return size
+            yield Prediction(path, np.float32(features[row]), classes, probabilities)
 
 
 def class_names(loaded: Loaded) -> list[str] | None:

@@ -1,5 +1,6 @@
 """A training run, from the config to the report."""
 
+import time
 from pathlib import Path
 
 import jax
@@ -11,15 +12,18 @@ from vit_jax.checkpoints.load import fit, read
 from vit_jax.cli import Stopped
 from vit_jax.data.pipeline import BadImages, train_batches
 from vit_jax.data.sources import open_splits
+from vit_jax.devices import find as find_device
 from vit_jax.errors import UserError
 from vit_jax.evaluate import make_evaluator, pixel_statistics
 from vit_jax.models.summary import format_summary, summarize
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.report import write_report
-from vit_jax.training import parallel, partition
+from vit_jax.training import distributed, parallel, partition
 from vit_jax.training import workdir as workdir_lib
 from vit_jax.training.checkpoint import BEST, Checkpoints, check_same_data, describe_run
 from vit_jax.training.metrics import MetricsLog, Progress
 from vit_jax.training.optimizer import make_optimizer, make_schedule
+from vit_jax.training.profile import ProfileWindow
 from vit_jax.training.state import build_model, make_init, params_shapes
 from vit_jax.training.step import make_train_step
 from vit_jax.training.stop import StopSignal
@@ -46,27 +50,31 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
 
     # Devices, model, optimizer.
     mesh = partition.make_mesh(config)
-    parallel.check_batch_size(config, mesh)
+    parallel.check_devices(config, mesh)
     start = read(config.init) if config.init else None
     pixels = pixel_statistics(config, start)
     model = build_model(config, len(classes), size, start.fields if start else None)
     start_params = fit(start, model, size, config) if start else None
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
-    init = make_init(model, optimizer, size, config.seed)
+    init = make_init(model, optimizer, size, config.seed, ema=config.ema_decay is not None)
     shapes = jax.eval_shape(init)
     shardings, notes = partition.state_shardings(shapes, mesh)
 
     # A new run, or one to continue.
     changes = workdir_lib.claim(workdir, config)
-    print(format_summary(summarize(model, size)))
-    for line in describe(config, mesh, train_source, eval_source, total_steps):
+    summary = summarize(model, size)
+    print(format_summary(summary))
+    for line in describe(config, mesh, model, train_source, eval_source, total_steps):
         print(line)
     for line in [*notes, *(f"changed since this run began: {change}" for change in changes)]:
         print(f"note: {line}")
     checkpoints = Checkpoints(workdir / "checkpoints")
     meta = describe_run(config, model, pixels, classes, len(train_source))
     first_step = checkpoints.last_step or 0
+    distributed.check_agreement({
+        "config": config_lib.to_json(config), "last checkpoint": first_step,
+        "training set": (len(train_source), classes)})
     if first_step > total_steps:
         raise UserError(f"{workdir} is at step {first_step}, beyond the {total_steps} steps asked "
                         "for; raise config.total_steps or use another --workdir.")
@@ -78,6 +86,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
         state = jax.jit(init, out_shardings=shardings)()
         if start:
             state = state.replace(params=jax.device_put(start_params, shardings.params))
+            if config.ema_decay is not None:
+                state = state.replace(ema_params=jax.device_put(start_params, shardings.params))
             print(start.report)
     del start_params
 
@@ -86,9 +96,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
             model, optimizer, schedule, config, pixels=pixels, axis_name=axis_name),
         config, mesh, shardings)
     evaluate = make_evaluator(model, config, mesh, eval_source, bad_images, pixels)
-    batches = train_batches(train_source, config, size, bad_images, first_step=first_step)
-    log = MetricsLog(workdir, first_step)
-    progress = Progress(first_step, total_steps, config.batch_size)
+    batches = train_batches(
+        train_source, config, size, bad_images, first_step=first_step,
+        rows=parallel.process_rows(mesh, config.batch_size))
+    log = MetricsLog(workdir, first_step, active=distributed.is_main())
+    progress = Progress(
+        first_step, total_steps, config.batch_size, mesh.size, summary.flops,
+        find_device(mesh.devices.flat[0].device_kind))
+    profile = ProfileWindow(
+        config.profile_steps if distributed.is_main() else None, workdir / "profile")
     unchecked = []  # (step, metrics) whose loss nobody has looked at yet
     best = checkpoints.best_metric
     saved_step = first_step
@@ -100,30 +116,41 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
 
     # The loop. Everything due after a step happens in this order: log, evaluate, save, stop.
     try:
+        metrics, compiled = {}, {}
         for step in range(first_step + 1, total_steps + 1):
-            if stop.requested:
+            if signal := stop.check(step):
                 if saved_step != step - 1:
                     save(step - 1)
                 checkpoints.wait()
-                raise Stopped(stop.requested, step - 1)
-            state, metrics = train_step(state, next(batches))
+                raise Stopped(signal, step - 1)
+            profile.before(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with progress.waiting(metrics):
+                    batch = next(batches)
+                begin = time.perf_counter()
+                state, metrics = train_step(state, batch)
             unchecked.append((step, metrics))
+            compiled |= progress.step_done(step, metrics, time.perf_counter() - begin)
             jax.block_until_ready(unchecked[-_STEPS_IN_FLIGHT:][0])
-            progress.step_done(step, metrics)
+            profile.after(step, metrics)
             last = step == total_steps
 
             if last or step % config.log_every == 0:
                 check_finite(unchecked, workdir, checkpoints)
                 scalars = {f"train/{key}": float(value) for key, value in metrics.items()}
-                log.write(step, scalars | progress.show(step, scalars))
+                log.write(step, scalars | compiled | progress.show(step, scalars))
+                compiled = {}
 
             scalars = None
             if last or (config.eval_every and step % config.eval_every == 0):
                 with progress.paused():
                     evaluation = evaluate(state.params)
-                scalars = evaluation.scalars()
-                log.write(step, scalars)
+                    scalars = evaluation.scalars()
+                    averaged = evaluate(state.ema_params) if state.ema_params else None
+                log.write(step, scalars | (averaged.scalars("eval_ema") if averaged else {}))
                 progress.say(f"step {step}/{total_steps}  {evaluation}")
+                if averaged:
+                    progress.say(f"averaged weights  {averaged}")
 
             is_best = scalars is not None and scalars[BEST] > best
             due = config.checkpoint_every and step % config.checkpoint_every == 0
@@ -134,6 +161,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
                 best = scalars[BEST] if is_best else best
         checkpoints.wait()
     finally:
+        profile.close()
         progress.close()
         batches.close()
         log.close()
@@ -141,11 +169,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
 
     # The report.
     evaluation = evaluation or evaluate(state.params)  # a run that had ended already
-    folder = write_report(workdir, evaluation, classes, train_source.labels())
-    if bad_images.count:
-        print(f"{bad_images.count} images could not be decoded and were skipped.")
-    print(f"Finished {total_steps} steps; best accuracy {max(best, evaluation.accuracy):.4f}. "
-          f"Figures are in {folder}, checkpoints and metrics beside it.")
+    if skipped := distributed.total(bad_images.count):
+        print(f"{skipped} images could not be decoded and were skipped.")
+    if distributed.is_main():
+        folder = write_report(workdir, evaluation, classes, train_source.labels())
+        print(f"Finished {total_steps} steps; best accuracy {max(best, evaluation.accuracy):.4f}. "
+              f"Figures are in {folder}, checkpoints and metrics beside it.")
     print(evaluation.final_line(), flush=True)
 
 
@@ -167,15 +196,20 @@ def check_finite(unchecked: list, workdir: Path, checkpoints: Checkpoints) -> No
     unchecked.clear()
 
 
-def describe(config, mesh, train_source, eval_source, total_steps) -> list[str]:
+def describe(config, mesh, model, train_source, eval_source, total_steps) -> list[str]:
     """What a person should see before any time is spent: devices, data, length."""
     device = mesh.devices.flat[0]
     names = train_source.class_names
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    attention = []
+    if isinstance(model, VisionTransformer):
+        kernel, reason = model.attention_kernel(config_lib.image_size(config), train=True)
+        attention = [f"Attention {kernel}" + (f" ({reason})" if reason else "")]
     return [
         f"Devices   {mesh.size} {device.device_kind} ({jax.process_count()} process), mesh {axes}, "
         f"{config.parallelism}, {config.dtype}",
+        *attention,
         f"Training  {train_source.name}: {len(train_source):,} images, "
         f"{total_steps:,} steps of {config.batch_size} "
         f"({total_steps * config.batch_size / len(train_source):.1f} epochs)",

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import io
+import shutil
 import threading
 
 import jax
@@ -59,6 +60,20 @@ def test_workdir(workdir, which):
     assert loaded.model.num_heads == 2 and not loaded.model.scan_layers
     assert step == {"last": 2, "best": 1}[which]
     assert str(loaded.report) == f"{workdir} step {step}: 40 parameters from vit_jax names"
+
+
+def test_a_run_on_a_gpu_loads_anywhere(workdir, tmp_path):
+    """Its kernel does not exist here; the weights do not depend on it."""
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    (meta,) = copy.glob("checkpoints/2/meta/metadata")
+    before = '"attention_implementation": "auto"'
+    assert before in meta.read_text()
+    meta.write_text(meta.read_text().replace(before, before.replace("auto", "cudnn")))
+    images = pixels(8, 8)
+    there, here = (
+        apply(loaded.model, loaded.params, images)
+        for loaded in (vit_jax.load_model(copy), vit_jax.load_model(workdir)))
+    np.testing.assert_array_equal(there, here)
 
 
 def test_best_of_something_else(workdir, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vit_jax.config import validate
-from vit_jax.data.pipeline import BadImages, eval_batches, train_batches
+from vit_jax.data.pipeline import BadImages, eval_batches, record_order, train_batches
 from vit_jax.data.records import Record
 from vit_jax.errors import UserError
 
@@ -172,3 +172,41 @@ def test_real_images_from_tfds(config, cifar10_dir):
     assert_same(take(validate(config), train, 2), one)
     assert one[0]["image"].std() > 20
     assert len(test) == 10_000
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_a_batch(config, processes):
+    """Together they read what one process would, augmentation included, also from a later step."""
+    config.batch_size, config.data.train_crop, config.data.flip = 12, "inception", True
+    source = Numbered(40)
+    whole = take(config, source, 5, first_step=7)
+    shares = [
+        take(config, source, 5, first_step=7, rows=range(12)[12 * p // processes:][:12 // processes])
+        for p in range(processes)]
+    joined = [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*shares, strict=True)]
+    assert_same(joined, whole)
+
+
+def test_rows_come_in_the_order_asked_for(config):
+    [whole], [part] = take(config, Numbered(40), 1), take(config, Numbered(40), 1, rows=[3, 0, 9])
+    assert ids(part) == [ids(whole)[row] for row in (3, 0, 9)]
+
+
+def test_processes_share_the_evaluation(config):
+    source = Numbered(10)
+    parts = [
+        list(eval_batches(source, config, SIZE, BadImages("error"), batch_size=4, rows=rows))
+        for rows in ([0, 1], [2, 3])]
+    seen = [[ids(batch) for batch in batches] for batches in parts]
+    assert seen == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [0, 0]]]
+    assert parts[1][-1]["mask"].tolist() == [False, False]
+
+
+def test_record_order_is_what_a_run_reads(config):
+    """The record ids of any step can be told without reading anything."""
+    order = record_order(40, config.seed)
+    for step, batch in enumerate(take(config, Numbered(40), 6)):
+        assert ids(batch) == [order[10 * step + row] for row in range(10)]
+    assert sorted(order[i] for i in range(40)) == list(range(40))

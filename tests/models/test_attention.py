@@ -1,13 +1,19 @@
-"""Multi-head attention: relative positions, and what it refuses."""
+"""Multi-head attention: relative positions, what it refuses, and which kernel computes it.
+
+cuDNN's kernel itself has not run here: there is no GPU. What is tested is when it is asked for.
+"""
 
 import math
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import abstract_params, pixels, tiny
+from jaxprs import equations
+from tiny_models import abstract_params, apply, pixels, random_params, tiny
 
-from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.attention import MultiHeadDotProductAttention, choose_implementation
 
 pytestmark = pytest.mark.core
 
@@ -47,15 +53,115 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         abstract_params(tiny(num_heads=3), 8, 8)
 
 
-@pytest.mark.parametrize(
-    "options, train, message",
-    [
-        (dict(), False, "needs dtype='bfloat16'"),
-        (dict(dtype="bfloat16", position_embedding="relative"), False, "relative"),
-        (dict(dtype="bfloat16", attention_dropout_rate=0.1), True, "attention dropout"),
-    ],
-)
-def test_fused_attention_says_what_it_lacks(options, train, message):
-    model = tiny(attention_implementation="cudnn", **options)
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda: model.init(jax.random.key(0), pixels(), train=train))
+@pytest.fixture
+def device(monkeypatch):
+    """Pretends that JAX's first device is one with the given attributes."""
+    def pretend(**attributes):
+        monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**attributes)])
+    return pretend
+
+
+@pytest.fixture
+def hopper(device, monkeypatch):
+    """An H100 with a cuDNN, as far as tracing can tell."""
+    device(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91002)
+
+
+@pytest.mark.parametrize("attributes", [
+    dict(platform="cpu"),
+    dict(platform="tpu"),
+    dict(platform="gpu", compute_capability="gfx942"),  # AMD
+    dict(platform="gpu", compute_capability="7.5"),
+], ids=str)
+def test_other_devices_take_xla(device, attributes):
+    device(**attributes)
+    assert choose_implementation("auto", dtype="bfloat16", length=196, head_dim=64) == (
+        "xla", "cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 or later")
+
+
+@pytest.mark.parametrize("options, reason", [
+    (dict(dtype="float32"), "needs dtype bfloat16, not float32"),
+    (dict(dropout_rate=0.1), "no attention dropout"),
+    (dict(relative_positions=True), "no learned relative positions"),
+    (dict(head_dim=12), "multiple of 8 and at most 128, not 12"),
+    (dict(head_dim=136), "multiple of 8 and at most 128, not 136"),
+], ids=str)
+def test_what_rules_cudnn_out(hopper, options, reason):
+    arguments = dict(dtype=jnp.bfloat16, length=196, head_dim=64)
+    assert choose_implementation("auto", **arguments) == ("cudnn", "")
+    assert choose_implementation("cudnn", **arguments) == ("cudnn", "")
+    assert choose_implementation("xla", **arguments) == ("xla", "")
+    name, said = choose_implementation("auto", **arguments | options)
+    assert name == "xla" and reason in said
+    with pytest.raises(ValueError, match=f"='cudnn' cannot be used here: .*{reason}.*; use 'auto'"):
+        choose_implementation("cudnn", **arguments | options)
+
+
+@pytest.mark.parametrize("length, head_dim", [
+    *((196, head_dim) for head_dim in (4, 8, 12, 64, 80, 88, 104, 128, 136, 256)),
+    (197, 64), (5, 64),
+])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_it_agrees_with_jax(hopper, dtype, length, head_dim):
+    """Whether a gradient can be traced. (On Hopper JAX takes wider heads; this CPU is none.)"""
+    heads = jax.ShapeDtypeStruct((2, length, 3, head_dim), dtype)
+
+    def loss(x):
+        return jnp.sum(jax.nn.dot_product_attention(x, x, x, implementation="cudnn"))
+
+    try:
+        jax.eval_shape(jax.grad(loss), heads)
+        accepted = "cudnn"
+    except NotImplementedError:
+        accepted = "xla"
+    name, reason = choose_implementation("auto", dtype=dtype, length=length, head_dim=head_dim)
+    assert name == accepted
+    assert length % 2 or "JAX refuses" not in reason  # our own words, where we know the rule
+
+
+def test_what_only_jax_knows_is_said_in_its_words(device):
+    device(platform="gpu", compute_capability="9.0")  # and no cuDNN
+    assert choose_implementation("auto", dtype="bfloat16", length=196, head_dim=64) == (
+        "xla", "JAX refuses cuDNN's kernel: cuDNN is not detected")
+
+
+@pytest.mark.parametrize("options, train, fused", [
+    (dict(), True, True),
+    (dict(classifier="token"), False, False),  # 5 tokens
+    (dict(classifier="token", register_tokens=1), True, True),
+    (dict(scan_layers=True, remat="full"), True, True),
+    (dict(dtype="float32"), True, False),
+    (dict(attention_dropout_rate=0.1), True, False),
+    (dict(attention_dropout_rate=0.1), False, True),
+    (dict(position_embedding="relative"), False, False),
+    (dict(num_heads=4), False, False),  # of width 4
+    (dict(attention_implementation="xla"), True, False),
+], ids=str)
+def test_the_model_asks_for_it(hopper, options, train, fused):
+    """In the traced program, and in what a run says about itself."""
+    model = tiny(**dict(dtype="bfloat16", classifier="gap") | options)
+    params = abstract_params(model, 8, 8)
+    found = equations(
+        lambda params, key: model.apply(
+            {"params": params}, pixels(), train=train, rngs={"dropout": key}),
+        params, jax.random.key(0))
+    assert any("dot_product_attention" in e.primitive.name for e in found) == fused
+    assert model.attention_kernel((8, 8), train=train)[0] == ("cudnn" if fused else "xla")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_auto_is_xla_on_a_cpu_bit_for_bit(dtype):
+    assert tiny().attention_implementation == "auto"
+    params = random_params(tiny(), 8, 8)
+    auto, xla = (
+        apply(tiny(dtype=dtype, attention_implementation=name), params, pixels())
+        for name in ("auto", "xla"))
+    np.testing.assert_array_equal(auto, xla)
+
+
+def test_asking_for_cudnn_on_a_cpu_is_refused():
+    model = tiny(attention_implementation="cudnn", dtype="bfloat16")
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU .* use 'auto' or 'xla'"):
+        abstract_params(model, 8, 8)

@@ -139,7 +139,7 @@ def test_unknown_variant_without_a_neighbour_lists_all():
         ("B/16", {"classifier": "tokens"}, "classifier='tokens' .* did you mean 'token'"),
         ("B/16", {"position_embedding": "sincos"}, "did you mean 'sincos_2d'"),
         ("B/16", {"remat": "everything"}, "'none', 'full', 'dots', 'names'"),
-        ("B/16", {"attention_implementation": "flash"}, "'xla', 'cudnn'"),
+        ("B/16", {"attention_implementation": "flash"}, "'auto', 'xla', 'cudnn'"),
         ("B/16", {"activation": "relu"}, "'gelu_tanh', 'gelu'"),
         ("B/16", {"dtype": "bf16"}, "dtype='bf16' .*'bfloat16'"),
         ("R50x1", {"dtype": "float31"}, "did you mean 'float32'"),

@@ -6,6 +6,7 @@ import threading
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vit_jax.devices import find
 from vit_jax.training import metrics
 from vit_jax.training.metrics import MetricsLog, Progress, format_seconds, read_metrics
 
@@ -123,25 +124,75 @@ SCALARS = {"train/loss": 1.23456, "train/learning_rate": 5e-4}
 def test_progress_line(clock, capsys):
     progress = Progress(first_step=0, total_steps=1000, batch_size=64)
     clock.now += 60  # compilation, which is not training
-    progress.step_done(1, {})
+    assert progress.step_done(1, {}, 59.0) == {"train/compile_seconds": 59.0}
+    assert capsys.readouterr().out == "compiled the train step in 59s\n"
     clock.now += 3
-    progress.step_done(4, {})
-    assert progress.show(4, SCALARS) == {"train/images_per_second": 64.0}
+    assert progress.step_done(4, {}, 1.0) == {}  # said once
+    assert progress.show(4, SCALARS) == {
+        "train/images_per_second": 64.0, "train/images_per_second_per_device": 64.0,
+        "train/step_seconds": 1.0, "train/input_wait": 0.0}
     assert capsys.readouterr().out == (
-        "step    4/1000  loss 1.2346  learning rate 5.00e-04  64 images/s  16m36s left\n")
+        "step    4/1000  loss 1.2346  learning rate 5.00e-04  64 images/s  1,000 ms a step  "
+        "input wait 0%  16m36s left\n")
     clock.now += 0.5
-    assert progress.show(1000, SCALARS) == {"train/images_per_second": 996 * 64 / 0.5}
-    assert capsys.readouterr().out.endswith("  127,488 images/s  0s left\n")
+    assert progress.show(1000, SCALARS)["train/images_per_second"] == 996 * 64 / 0.5
+    line = capsys.readouterr().out
+    assert "  127,488 images/s  " in line and line.endswith("  0s left\n")
+
+
+def test_utilisation_of_known_devices(clock, capsys, monkeypatch):
+    """8 H200 at 3,000 images/s each, 35.16 GFLOPs forward: 3 x 35.16e9 x 3000 / 989.5e12."""
+    monkeypatch.setattr(metrics, "peak_memory", lambda: 12 * 2**30)
+    progress = Progress(0, 100, 4800, devices=8, flops=35.16e9, device=find("NVIDIA H200"))
+    progress.step_done(1, {}, 0.0)
+    clock.now += 0.2
+    scalars = progress.show(2, SCALARS)
+    assert scalars["train/images_per_second"] == pytest.approx(24_000)
+    assert scalars["train/images_per_second_per_device"] == pytest.approx(3_000)
+    assert scalars["train/mfu"] == pytest.approx(0.31980, rel=1e-4)
+    assert scalars["train/peak_memory_bytes"] == 12 * 2**30
+    assert ("24,000 images/s (3,000 a device)  MFU 32.0%  200 ms a step  input wait 0%  12.0 GiB"
+            in capsys.readouterr().out)
+
+
+def test_no_utilisation_of_an_unknown_device(clock):
+    progress = Progress(0, 100, 10, flops=1e9, device=find("a new card"))
+    progress.step_done(1, {}, 0.0)
+    clock.now += 1
+    assert "train/mfu" not in progress.show(2, SCALARS)
+
+
+class Leaf:
+    """Results of a step that are, or are not, there yet."""
+
+    def __init__(self, ready):
+        self.is_ready = lambda: ready
+
+
+def test_input_wait_counts_only_what_the_devices_waited_too(clock):
+    progress = Progress(0, 100, 10)
+    progress.step_done(1, {}, 0.0)
+    for ready in (True, False):
+        with progress.waiting([Leaf(ready)]):
+            clock.now += 1
+    clock.now += 2
+    assert progress.show(2, SCALARS)["train/input_wait"] == pytest.approx(1 / 4)
+    clock.now += 2
+    assert progress.show(3, SCALARS)["train/input_wait"] == 0  # each interval for itself
+
+
+def images_per_second(progress, step):
+    return progress.show(step, SCALARS)["train/images_per_second"]
 
 
 def test_no_speed_where_nothing_was_timed(clock, capsys):
     """After the first step, which compiles; also when a run continues."""
     progress = Progress(first_step=6, total_steps=10, batch_size=64)
-    progress.step_done(7, {})
+    progress.step_done(7, {}, 0.0)
     assert progress.show(7, SCALARS) == {}
-    assert capsys.readouterr().out == "step  7/10  loss 1.2346  learning rate 5.00e-04\n"
+    assert capsys.readouterr().out.endswith("step  7/10  loss 1.2346  learning rate 5.00e-04\n")
     clock.now += 2
-    assert progress.show(8, SCALARS) == {"train/images_per_second": 32.0}
+    assert images_per_second(progress, 8) == 32.0
 
 
 def test_the_clock_stands_still_while_paused(clock):
@@ -149,27 +200,47 @@ def test_the_clock_stands_still_while_paused(clock):
     progress = Progress(first_step=0, total_steps=10, batch_size=10)
     with progress.paused():  # before the clock was started
         clock.now += 5
-    progress.step_done(1, {})
+    progress.step_done(1, {}, 0.0)
     clock.now += 1
     with progress.paused():
         clock.now += 1000
     clock.now += 1
-    assert progress.show(3, SCALARS) == {"train/images_per_second": 10.0}
+    assert images_per_second(progress, 3) == 10.0
     with progress.paused():
         clock.now += 1000
     clock.now += 2
-    assert progress.show(4, SCALARS) == {"train/images_per_second": 5.0}
+    assert images_per_second(progress, 4) == 5.0
 
 
 def test_on_a_terminal_the_line_is_rewritten(clock, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     progress = Progress(first_step=0, total_steps=10, batch_size=10)
-    progress.step_done(1, {})
+    progress.step_done(1, {}, 0.0)
+    capsys.readouterr()
     progress.show(1, SCALARS)
     progress.say("a line that stays")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.endswith("\r\033[Ka line that stays\n")
     assert out.startswith("\r\033[Kstep  1/10  loss")
+
+
+def test_the_line_fits_the_terminal(clock, capsys, monkeypatch):
+    """One that wraps could not be rewritten."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    progress = Progress(first_step=0, total_steps=10, batch_size=10)
+    progress.step_done(1, {}, 0.0)
+    capsys.readouterr()
+    clock.now += 1
+    progress.show(2, SCALARS)
+    assert len(capsys.readouterr().out.removeprefix("\r\033[K")) == 39
+
+
+def test_an_inactive_log_writes_nothing(tmp_path):
+    log = MetricsLog(tmp_path, 0, active=False)
+    log.write(1, {"train/loss": 1.0})
+    log.close()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("seconds, text", [

@@ -74,7 +74,7 @@ def test_a_mesh_of_some_devices():
 def test_batches_that_cannot_be_split(batch, asked, parts, nearest):
     config = configure(asked, batch_size=batch, accumulation_steps=parts)
     with pytest.raises(UserError, match=f"size={batch} is not .* nearest that is: {nearest}\\.$"):
-        parallel.check_batch_size(config, partition.make_mesh(config))
+        parallel.check_devices(config, partition.make_mesh(config))
 
 
 @pytest.mark.parametrize("batch, asked, parts", [
@@ -83,7 +83,7 @@ def test_batches_that_cannot_be_split(batch, asked, parts, nearest):
 def test_batches_that_can_be_split(batch, asked, parts):
     """Devices of the tensor axis share their images, so they do not count."""
     config = configure(asked, batch_size=batch, accumulation_steps=parts)
-    parallel.check_batch_size(config, partition.make_mesh(config))
+    parallel.check_devices(config, partition.make_mesh(config))
 
 
 BLOCK = {

@@ -6,47 +6,14 @@ import numpy as np
 import optax
 import pytest
 from tiny import make_tiny_config
+from tiny_steps import SIZE, make_batch, run
 
 from vit_jax.config import validate
-from vit_jax.training import parallel, partition
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
 from vit_jax.training.step import flip, make_eval_step, make_train_step, normalize
 
 pytestmark = pytest.mark.core
-SIZE = (8, 8)
-
-
-def make_batch(step, rows=16, invalid=()):
-    rng = np.random.default_rng(step)
-    mask = np.ones(rows, bool)
-    mask[list(invalid)] = False
-    return {
-        "image": rng.integers(0, 256, (rows, *SIZE, 3), dtype=np.uint8),
-        "label": rng.integers(0, 10, rows, dtype=np.int32),
-        "mask": mask,
-        "flip": rng.random(rows) < 0.5,
-    }
-
-
-def run(config, devices=8, steps=4, invalid=()):
-    """Losses of some steps, and the final state on the host."""
-    config = validate(config)
-    mesh = partition.make_mesh(config, jax.devices()[:devices])
-    model = build_model(config, 10, SIZE)
-    schedule = make_schedule(config, 10)
-    optimizer = make_optimizer(config, schedule, params_shapes(model, SIZE))
-    init = make_init(model, optimizer, SIZE, config.seed)
-    shardings, _ = partition.state_shardings(jax.eval_shape(init), mesh)
-    step = parallel.compile_train_step(
-        lambda axis_name: make_train_step(model, optimizer, schedule, config, axis_name=axis_name),
-        config, mesh, shardings)
-    state = jax.jit(init, out_shardings=shardings)()
-    losses = []
-    for i in range(steps):
-        state, metrics = step(state, make_batch(i, invalid=invalid))
-        losses.append(float(metrics["loss"]))
-    return losses, jax.device_get(state)
 
 
 @pytest.fixture(scope="module")

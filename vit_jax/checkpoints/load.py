@@ -211,7 +211,11 @@ def _read_workdir(path, which):
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
               if f.name not in ("parent", "name")}
     fields |= {"scan_layers": False} if "scan_layers" in fields else {}
-    report = LoadReport(f"{path} step {step}", "vit_jax",
+    if fields.get("attention_implementation") == "cudnn":  # there may be no such GPU here
+        fields["attention_implementation"] = "auto"
+    dropped = [(name, params.pop(name).shape, "of masked pretraining") for name in list(params)
+               if name == "mask_token" or name.startswith("patch_head/")]
+    report = LoadReport(f"{path} step {step}", "vit_jax", dropped=dropped,
                         renamed=[(name, name, x.shape) for name, x in params.items()])
     grid = None
     if isinstance(model, VisionTransformer):

@@ -8,18 +8,21 @@ Pillow release the interpreter while they work.
 
 import collections
 import concurrent.futures
+import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import cv2
 import grain.python as grain
 import ml_collections
 import numpy as np
 
 from vit_jax.data import augment
 from vit_jax.data.decode import BadImageError, decode_image
+from vit_jax.data.randaugment import randaugment
 from vit_jax.data.sources import Record, Source
 from vit_jax.errors import UserError
 
@@ -72,6 +75,7 @@ def train_batches(
     bad_images: BadImages,
     *,
     first_step: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches, from the one of step `first_step` on.
 
@@ -81,9 +85,11 @@ def train_batches(
       size: (height, width) of the model's input.
       bad_images: what to do about images that cannot be decoded.
       first_step: updates that were already made.
+      rows: which rows of every batch, in this order; None for all. Processes share a batch so.
 
     Yields:
-      image uint8 [B, H, W, 3], label int32 [B], mask bool [B], flip bool [B].
+      image uint8 [rows, H, W, 3], label int32 [rows], mask bool [rows], flip bool [rows]: images
+      that are still to be mirrored, none with RandAugment, which comes after the flip.
     """
     def example(index, rng):
         flip = config.data.flip and bool(rng.random() < 0.5)
@@ -91,25 +97,33 @@ def train_batches(
         image = _decode(record, config.data, bad_images)
         if image is None:
             return Example(np.zeros((*size, 3), np.uint8), record.label, valid=False)
-        return Example(train_crop(image, size, rng, config.data), record.label, flip=flip)
+        image = train_crop(image, size, rng, config.data)
+        if config.data.randaugment:
+            # The flip cannot wait for the device: Google's shears are not symmetric under it.
+            if flip:
+                image, flip = cv2.flip(image, 1), False
+            operations, magnitude = config.data.randaugment
+            image = randaugment(image, rng, operations=operations, magnitude=magnitude)
+        return Example(image, record.label, flip=flip)
 
-    # Grain gives the shuffle of every epoch and an independent generator for every position,
-    # without state: `examples[position]` is defined for any position.
-    examples = (
-        grain.MapDataset.range(len(source))
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .random_map(example)
-    )
+    # An independent generator for every position in the stream of records, without state.
+    examples = record_order(len(source), config.seed).random_map(example)
+    share = np.arange(config.batch_size) if rows is None else np.asarray(rows)
 
     def positions():
-        step = first_step
-        while True:
-            yield range(step * config.batch_size, (step + 1) * config.batch_size)
-            step += 1
+        for step in itertools.count(first_step):
+            yield (step * config.batch_size + share).tolist()
 
     yield from _parallel_batches(examples.__getitem__, positions(), size, config.data.workers)
+
+
+def record_order(records: int, seed: int) -> grain.MapDataset:
+    """The stream of record numbers that a run trains on: one global shuffle after another.
+
+    It is computed by position, without state or a table, so any number of records takes the same
+    time and memory. Row r of the batch of step s (from 0) is position `s * batch_size + r`.
+    """
+    return grain.MapDataset.range(records).seed(seed).shuffle().repeat()
 
 
 def eval_batches(
@@ -119,8 +133,12 @@ def eval_batches(
     bad_images: BadImages,
     *,
     batch_size: int,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """One pass over a split in order; the last batch is padded with images whose mask is False."""
+    """One pass over a split in order; the last batch is padded with images whose mask is False.
+
+    `rows` as in `train_batches`.
+    """
     blank = np.zeros((*size, 3), np.uint8)
 
     def example(index):
@@ -132,8 +150,8 @@ def eval_batches(
             return Example(blank, record.label, valid=False)
         return Example(eval_crop(image, size, config.data), record.label)
 
-    positions = (
-        range(start, start + batch_size) for start in range(0, len(source), batch_size))
+    share = np.arange(batch_size) if rows is None else np.asarray(rows)
+    positions = ((start + share).tolist() for start in range(0, len(source), batch_size))
     yield from _parallel_batches(example, positions, size, config.data.workers)
 
 
@@ -170,11 +188,11 @@ def _decode(record: Record, data, bad_images) -> np.ndarray | None:
 
 def _parallel_batches(
     example: Callable[[int], Example],
-    positions: Iterator[range],
+    positions: Iterator[Sequence[int]],
     size: tuple[int, int],
     workers: int | None,
 ) -> Iterator[Batch]:
-    """Assembles a batch for every range of positions, `_BATCHES_AHEAD` ahead of the consumer."""
+    """Assembles a batch for every list of positions, `_BATCHES_AHEAD` ahead of the consumer."""
     workers = _cores() if workers is None else workers
 
     def empty(rows):

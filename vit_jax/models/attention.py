@@ -1,5 +1,6 @@
 """Multi-head self-attention with Google's parameter tree (query, key, value, out)."""
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,72 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models.precision import einsum_float32
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+def choose_implementation(
+    requested: str,
+    *,
+    dtype: Any,
+    length: int,
+    head_dim: int,
+    dropout_rate: float = 0.0,
+    relative_positions: bool = False,
+) -> tuple[str, str]:
+    """Which attention kernel runs on this machine's (first) device.
+
+    Args:
+      requested: one of IMPLEMENTATIONS; 'auto' is cuDNN's fused kernel wherever it can be used.
+      dtype: of queries, keys and values.
+      length: tokens N.
+      head_dim: width of a head.
+      dropout_rate: of the attention weights; 0 outside of training.
+      relative_positions: whether the logits get learned terms of relative positions.
+
+    Returns:
+      (name, reason): 'xla' or 'cudnn', and what ruled cuDNN out where 'auto' came to 'xla'
+      (otherwise '').
+
+    Raises:
+      ValueError: 'cudnn' is requested and cannot be used.
+    """
+    if requested == "xla":
+        return "xla", ""
+    reason = _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions)
+    if reason and requested == "cudnn":
+        raise ValueError(
+            f"attention_implementation='cudnn' cannot be used here: {reason}; use 'auto' or 'xla'."
+        )
+    return ("xla", reason) if reason else ("cudnn", "")
+
+
+def _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions):
+    # AMD's GPUs have a name in place of the two numbers, CPUs and TPUs have nothing.
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    numbers = re.fullmatch(r"(\d+)\.\d+", capability)
+    if not numbers or int(numbers[1]) < 8:
+        return "cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 or later"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's kernel needs dtype bfloat16, not {jnp.dtype(dtype).name}"
+    if relative_positions:
+        return "cuDNN's kernel has no learned relative positions"
+    if dropout_rate:
+        return "JAX offers no attention dropout with cuDNN's kernel"
+    if head_dim % 8 or head_dim > 128:
+        return (f"cuDNN's kernel needs heads of a width that is a multiple of 8 and at most 128, "
+                f"not {head_dim}")
+    # The rest is up to the versions of JAX and cuDNN, and JAX says so when it traces the gradient.
+    # (0.10 to 0.12 refuse odd lengths there.)
+    heads = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
+    try:
+        jax.eval_shape(jax.grad(lambda x: _cudnn_attention(x, x, x).sum()), heads)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return f"JAX refuses cuDNN's kernel: {str(error).splitlines()[0].rstrip('.')}"
+    return ""
+
+
+def _cudnn_attention(query, key, value):
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -24,15 +90,15 @@ class MultiHeadDotProductAttention(nn.Module):
       dropout_rate: dropout of the attention weights (every weight drawn for itself).
       relative_positions: adds `q . r[p_q - p_k]` to the logits (paper, appendix D.4), with one
         learned vector r per offset and head.
-      implementation: 'xla', or 'cudnn' for the fused kernel of NVIDIA GPUs (bfloat16 only,
-        without dropout and relative positions).
+      implementation: 'xla'; 'cudnn' for the fused kernel of NVIDIA GPUs; or 'auto' for whichever
+        `choose_implementation` chooses.
     """
 
     num_heads: int
     dtype: Any = jnp.float32
     dropout_rate: float = 0.0
     relative_positions: bool = False
-    implementation: str = "xla"
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -55,14 +121,24 @@ class MultiHeadDotProductAttention(nn.Module):
 
         query, key, value = project("query"), project("key"), project("value")  # [B, N, H, d]
 
-        if self.implementation == "cudnn":
-            self._check_cudnn(train)
-            heads = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        # A fused kernel never holds the weights, so recording them takes the path that does.
+        recording = self.is_mutable_collection("intermediates")
+        implementation, _ = choose_implementation(
+            "xla" if recording else self.implementation,
+            dtype=self.dtype,
+            length=length,
+            head_dim=head_dim,
+            dropout_rate=self.dropout_rate if train else 0.0,
+            relative_positions=self.relative_positions,
+        )
+        if implementation == "cudnn":
+            heads = _cudnn_attention(query, key, value)
         else:
             logits = einsum_float32("bqhd,bkhd->bhqk", query, key)
             if self.relative_positions:
                 logits += self._relative_logits(query, length, head_dim)
             weights = jax.nn.softmax(logits * head_dim**-0.5, axis=-1)
+            self.sow("intermediates", "attention", weights)
             weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not train)
             heads = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(self.dtype), value)
 
@@ -90,14 +166,3 @@ class MultiHeadDotProductAttention(nn.Module):
         positions = jnp.arange(length)
         offsets = positions[:, None] - positions[None, :] + length - 1  # [N, N], all >= 0
         return jnp.take_along_axis(by_offset, offsets[None, None], axis=-1)
-
-    def _check_cudnn(self, train):
-        if self.relative_positions or (train and self.dropout_rate):
-            raise ValueError(
-                "attention_implementation='cudnn' supports neither attention dropout nor relative "
-                "position embeddings; use attention_implementation='xla'."
-            )
-        if jnp.dtype(self.dtype) == jnp.float32:
-            raise ValueError(
-                "attention_implementation='cudnn' needs dtype='bfloat16'; in float32 use 'xla'."
-            )

@@ -143,7 +143,7 @@ class ResNet(nn.Module):
         return make_head(self.num_classes, self.head_bias_init, self.dtype)(x)
 
 
-def make_head(num_classes: int, bias_init: float, dtype) -> nn.Dense:
+def make_head(num_classes: int, bias_init: float, dtype, name: str = "head") -> nn.Dense:
     """The zero-initialised linear head, with operands in `dtype` and float32 logits."""
     return nn.Dense(
         num_classes,
@@ -152,7 +152,7 @@ def make_head(num_classes: int, bias_init: float, dtype) -> nn.Dense:
         bias_init=nn.initializers.constant(bias_init),
         promote_dtype=promote_operands,
         dot_general=dot_general_float32,
-        name="head",
+        name=name,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models import resnet
-from vit_jax.models.attention import MultiHeadDotProductAttention
+from vit_jax.models.attention import MultiHeadDotProductAttention, choose_implementation
 from vit_jax.models.partition import constrain_tokens
 
 CLASSIFIERS = ("token", "gap", "unpooled", "token_unpooled")
@@ -146,7 +146,7 @@ class Encoder1DBlock(nn.Module):
     layer_scale: float | None = None
     activation: str = "gelu_tanh"
     relative_positions: bool = False
-    attention_implementation: str = "xla"
+    attention_implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, drop_branch_rate=None, train: bool) -> jax.Array:
@@ -182,7 +182,9 @@ class Encoder1DBlock(nn.Module):
 
         y = norm()(x)
         y = MlpBlock(self.mlp_dim, self.dtype, self.dropout_rate, self.activation)(y, train=train)
-        return x + residual(y, 1)
+        x = x + residual(y, 1)
+        self.sow("intermediates", "tokens", x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -212,6 +214,7 @@ class Encoder(nn.Module):
             registers = jnp.broadcast_to(registers, (len(x), *registers.shape[1:])).astype(x.dtype)
             x = jnp.concatenate([x[:, :prefix], registers, x[:, prefix:]], axis=1)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+        self.sow("intermediates", "tokens", x)
         x = self._blocks(x, train)
         return nn.LayerNorm(
             epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name="encoder_norm"
@@ -269,7 +272,9 @@ class VisionTransformer(nn.Module):
       scan_layers: one compiled block run in a loop; parameters get a leading layer axis.
       remat: what the backward pass recomputes: 'none', 'full', 'dots' (all but matrix products
         with weights), 'names' (all but attention outputs and MLP hidden layers).
-      attention_implementation: 'xla' or 'cudnn'.
+      attention_implementation: 'xla', 'cudnn' (NVIDIA's fused kernel), or 'auto' for cuDNN where it
+        can be used (`attention.choose_implementation`): bfloat16 and, because of JAX, an even
+        number of tokens, as 'gap' or a register token gives with 14x14 patches.
       activation: 'gelu_tanh' (Google's) or 'gelu' (exact, PyTorch's).
       layer_scale: initial LayerScale gamma; None for none.
       register_tokens: number R of register tokens (arXiv 2309.16588).
@@ -292,23 +297,13 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
-    attention_implementation: str = "xla"
+    attention_implementation: str = "auto"
     activation: str = "gelu_tanh"
     layer_scale: float | None = None
     register_tokens: int = 0
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images [B, H, W, C] in [-1, 1] to float32 logits.
-
-        Returns:
-          [B, K]; for the unpooled classifiers [B, N, K]. With `num_classes=0` the features
-          instead of logits, [B, D] or [B, N, D].
-
-        Raises:
-          ValueError: the image size is not divisible by the patch size (hybrids: by the stride of
-            their ResNet times the patch size), or does not fit the position embedding.
-        """
+    def embed_patches(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
+        """Images [B, H, W, C] to patch embeddings [B, h * w, D] and the grid (h, w)."""
         resnet.check_images(images)
         check_image_size(images.shape[1:3], self.patch_size * self.stem_stride)
 
@@ -325,11 +320,13 @@ class VisionTransformer(nn.Module):
         )(x)
         batch, height, width, _ = x.shape
         x = x.reshape(batch, height * width, self.hidden_size)
-        x = constrain_tokens(x)
+        return constrain_tokens(x), (height, width)
 
+    def encode_patches(self, x: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
+        """Patch embeddings [B, h * w, D] to the encoder's tokens, float32, patches last."""
         if self.classifier in ("token", "token_unpooled"):
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
-            cls = jnp.broadcast_to(cls, (batch, 1, self.hidden_size)).astype(x.dtype)
+            cls = jnp.broadcast_to(cls, (len(x), 1, self.hidden_size)).astype(x.dtype)
             x = jnp.concatenate([cls, x], axis=1)
         registers = None
         if self.register_tokens:
@@ -339,7 +336,7 @@ class VisionTransformer(nn.Module):
                 (1, self.register_tokens, self.hidden_size),
             )
 
-        x = Encoder(
+        return Encoder(
             num_layers=self.num_layers,
             block=dict(
                 mlp_dim=self.mlp_dim,
@@ -358,9 +355,24 @@ class VisionTransformer(nn.Module):
             scan_layers=self.scan_layers,
             remat=self.remat,
             name="Transformer",
-        )(x, grid=(height, width), registers=registers, train=train)
+        )(x, grid=grid, registers=registers, train=train)
 
-        patches = x[:, -height * width :]
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images [B, H, W, C] in [-1, 1] to float32 logits.
+
+        Returns:
+          [B, K]; for the unpooled classifiers [B, N, K]. With `num_classes=0` the features
+          instead of logits, [B, D] or [B, N, D].
+
+        Raises:
+          ValueError: the image size is not divisible by the patch size (hybrids: by the stride of
+            their ResNet times the patch size), or does not fit the position embedding.
+        """
+        patches, grid = self.embed_patches(images)
+        x = self.encode_patches(patches, grid, train=train)
+
+        patches = x[:, -patches.shape[1] :]
         if self.classifier == "token":
             x = x[:, 0]
         elif self.classifier == "gap":
@@ -381,6 +393,21 @@ class VisionTransformer(nn.Module):
     def stem_stride(self) -> int:
         """Pixels per position of what the patches are cut from: 1, or the stride of the ResNet."""
         return 1 if self.resnet_stages is None else resnet.total_stride(self.resnet_stages)
+
+    @nn.nowrap
+    def attention_kernel(self, image_size: tuple[int, int], *, train: bool) -> tuple[str, str]:
+        """(name, reason) of the attention kernel for images of (height, width) on this machine;
+        see `choose_implementation`."""
+        multiple = self.patch_size * self.stem_stride
+        patches = (image_size[0] // multiple) * (image_size[1] // multiple)
+        return choose_implementation(
+            self.attention_implementation,
+            dtype=self.dtype,
+            length=patches + self.register_tokens + ("token" in self.classifier),
+            head_dim=self.hidden_size // self.num_heads,
+            dropout_rate=self.attention_dropout_rate if train else 0.0,
+            relative_positions=self.position_embedding == "relative",
+        )
 
 
 def check_image_size(size: tuple[int, int], multiple: int) -> None:

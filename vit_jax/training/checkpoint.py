@@ -77,7 +77,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_to_disk(state)), meta=ocp.args.JsonSave(meta)
+                state=ocp.args.StandardSave(_fields(_to_disk(state))), meta=ocp.args.JsonSave(meta)
             ),
             metrics=metrics or _NOT_EVALUATED,
         )
@@ -107,12 +107,13 @@ class Checkpoints:
         if not stacked:
             on_disk = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), on_disk, shardings)
-            return self._restore_state(step, on_disk)
+            return TrainState(**self._restore_state(step, _fields(on_disk)))
         mesh = jax.tree.leaves(shardings)[0].mesh
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         on_disk = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), on_disk)
-        return jax.jit(stack_blocks, out_shardings=shardings)(self._restore_state(step, on_disk))
+        unstacked = TrainState(**self._restore_state(step, _fields(on_disk)))
+        return jax.jit(stack_blocks, out_shardings=shardings)(unstacked)
 
     def restore_arrays(self, step: int) -> dict[str, Any]:
         """The train state as it is on disk: nested dictionaries and lists of NumPy arrays."""
@@ -131,6 +132,11 @@ class Checkpoints:
                 f"({type(error).__name__}: {str(error).splitlines()[0]}); remove its folder to "
                 "continue from an earlier one."
             ) from error
+
+
+def _fields(state):
+    """Without an empty `ema_params`, which runs from before it existed do not have either."""
+    return {name: value for name, value in vars(state).items() if value is not None}
 
 
 def _to_disk(state):

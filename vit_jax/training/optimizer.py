@@ -8,20 +8,30 @@ import ml_collections
 import optax
 
 from vit_jax.errors import UserError
+from vit_jax.training.adafactor import scale_by_adafactor
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
-    """Learning rate of update `step` (0 for the first): linear warmup from 0, then decay.
+    """Learning rate of update `step` (0 for the first): linear warmup from 0, then decay, then for
+    rsqrt and constant a linear cooldown to 0, which update `total_steps` would reach (arXiv
+    2106.04560, section 3.5).
 
     Raises:
-      UserError: the warmup leaves no steps, or the decay would end above its peak.
+      UserError: warmup and cooldown leave no steps, the decay needs no cooldown, or it would end
+        above its peak.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
-    warmup = schedule.warmup_steps
-    if warmup and warmup >= total_steps:
+    warmup, cooldown = schedule.warmup_steps, schedule.cooldown_steps
+    if cooldown and schedule.name in ("cosine", "linear"):
         raise UserError(
-            f"config.schedule.warmup_steps={warmup} leaves none of the {total_steps} steps; "
-            "use fewer."
+            f"config.schedule.cooldown_steps={cooldown} is for schedules without an end, rsqrt and "
+            f"constant; set it to 0 for config.schedule.name={schedule.name!r}."
+        )
+    if warmup + cooldown and warmup + cooldown >= total_steps:
+        with_cooldown = f" with cooldown_steps={cooldown}" if cooldown else ""
+        raise UserError(
+            f"config.schedule.warmup_steps={warmup}{with_cooldown} leaves none of the "
+            f"{total_steps} steps; use fewer."
         )
     if schedule.name in ("cosine", "linear") and schedule.end_value > peak:
         raise UserError(
@@ -39,15 +49,21 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
             return peak / jnp.sqrt(1.0 + step / schedule.timescale)
     else:
         decay = optax.constant_schedule(peak)
-    if not warmup:
-        return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+    phases, starts = [decay], []
+    if warmup:
+        phases, starts = [optax.linear_schedule(0.0, peak, warmup), decay], [warmup]
+    if cooldown:
+        reached = float(decay(steps - cooldown))
+        phases.append(optax.linear_schedule(reached, 0.0, cooldown))
+        starts.append(total_steps - cooldown)
+    return optax.join_schedules(phases, starts) if starts else decay
 
 
 def make_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule, params
 ) -> optax.GradientTransformation:
-    """Clipping -> SGD or Adam direction -> decoupled weight decay of kernels -> learning rate.
+    """Clipping -> direction of SGD, Adam or Adafactor -> decoupled weight decay of kernels ->
+    learning rate.
 
     Args:
       config: the run's config; its `optimizer` section is read.
@@ -65,6 +81,10 @@ def make_optimizer(
     dtype = jnp.dtype(o.momentum_dtype)
     if o.name == "sgd":
         steps.append(optax.trace(o.momentum, accumulator_dtype=dtype))
+    elif o.name == "adafactor":
+        steps.append(scale_by_adafactor())
+        if o.momentum:
+            steps.append(optax.ema(o.momentum, debias=False, accumulator_dtype=dtype))
     else:
         steps.append(optax.scale_by_adam(o.beta1, o.beta2, o.epsilon, mu_dtype=dtype))
     if o.weight_decay:

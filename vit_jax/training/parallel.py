@@ -1,6 +1,7 @@
 """How a pure step runs on many devices: jit over the mesh, or pmap. Both keep the state as global
 arrays, so initialisation, evaluation and checkpoints do not care which it was."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,14 @@ HostBatch = dict[str, np.ndarray]
 PMAP_AXIS = "data"
 
 
-def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError unless every device gets the same number of images in every part."""
+def check_devices(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError unless every device gets the same number of images in every part, or where
+    pmap would have to cross processes."""
+    if config.parallelism == "pmap" and jax.process_count() > 1:
+        raise UserError(
+            f"config.parallelism='pmap' is for one process, and this run has "
+            f"{jax.process_count()}; use 'jit'."
+        )
     shards = partition.batch_shards(mesh) * config.accumulation_steps
     if config.batch_size % shards:
         lower = config.batch_size // shards * shards
@@ -31,10 +38,32 @@ def check_batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         )
 
 
-def to_devices(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as arrays sharded over all devices of the mesh."""
+@functools.lru_cache
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of every global batch that this process reads, ascending: int64 [rows].
+
+    They are those that its devices hold. Where the axis `tensor` crosses processes, several of
+    them read the same rows.
+    """
+    held = partition.batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
+
+
+def to_devices(batch: HostBatch, mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows of a batch as arrays [batch_size, ...] over all devices of the mesh."""
     sharding = partition.batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    rows = process_rows(mesh, batch_size)
+
+    def global_array(values):
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return values[first : first + stop - start]
+
+        shape = (batch_size, *values.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {key: global_array(values) for key, values in batch.items()}
 
 
 def compile_train_step(
@@ -47,12 +76,13 @@ def compile_train_step(
 
     Args:
       make_step: builds the step; called with `axis_name=`.
-      config: the run's config; read is `parallelism`.
+      config: the run's config; read are `parallelism` and `batch_size`.
       mesh: the devices.
       shardings: of the train state's leaves.
 
     Returns:
-      step(state, host batch); the state it is given is consumed (its memory is reused).
+      step(state, this process's rows of a batch); the state it is given is consumed (its memory
+      is reused).
     """
     if config.parallelism == "pmap":
         # The state enters and leaves without a device axis (None), so it stays one replicated
@@ -82,19 +112,19 @@ def compile_train_step(
 
     def run_jit(state, batch):
         with jax.set_mesh(mesh):
-            return step(state, to_devices(batch, mesh))
+            return step(state, to_devices(batch, mesh, config.batch_size))
 
     return run_jit
 
 
 def compile_eval_step(
-    eval_step: Callable, mesh: Mesh
+    eval_step: Callable, mesh: Mesh, batch_size: int
 ) -> Callable[[Any, HostBatch], dict[str, jax.Array]]:
     """Puts the evaluation step on the devices; its results come back whole to every process."""
     step = jax.jit(eval_step, out_shardings=partition.replicated(mesh))
 
     def run(params, batch):
         with jax.set_mesh(mesh):
-            return step(params, to_devices(batch, mesh))
+            return step(params, to_devices(batch, mesh, batch_size))
 
     return run

@@ -98,7 +98,7 @@ def _spec(name, shape, mesh, notes):
         for axis, size in zip(axes, shape, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 kind = re.sub(r".*encoderblock(_\d+)?/", "", name)
-                kind = re.sub(r"^.*(params|mu|nu|trace)/", "", kind)
+                kind = re.sub(r"^.*(params|mu|nu|ema|trace)/", "", kind)
                 notes[f"mesh.{axis}={mesh.shape[axis]} does not divide an axis of {size} in "
                       f"{kind}, which stays replicated."] = None
                 axis = None

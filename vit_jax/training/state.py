@@ -30,6 +30,7 @@ class TrainState:
     step: jax.Array  # int32: updates done
     params: Any
     opt_state: optax.OptState
+    ema_params: Any = None  # moving average of params; None without config.ema_decay
 
 
 def build_model(
@@ -99,12 +100,16 @@ def make_init(
     optimizer: optax.GradientTransformation,
     size: tuple[int, int],
     seed: int,
+    *,
+    ema: bool = False,
 ) -> Callable[[], TrainState]:
-    """A function, to be compiled, that returns the state before the first step."""
+    """A function, to be compiled, that returns the state before the first step; with `ema` its
+    moving average starts at the initial parameters."""
 
     def init():
         params = _init_params(model, size, seed)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params),
+                          params if ema else None)
 
     return init
 

@@ -18,11 +18,14 @@ import ml_collections
 import numpy as np
 import optax
 
+from vit_jax.training import mixing
 from vit_jax.training.losses import cross_entropy, targets_from_labels
 from vit_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+_MIXING_STREAM = 2**32 - 1  # folded into the step's key; no part of the batch has this index
 
 
 class Pixels(NamedTuple):
@@ -58,7 +61,8 @@ def make_train_step(
       model: maps images to logits [B, K].
       optimizer: turns gradients into updates.
       schedule: learning rate by update, for the metrics.
-      config: the run's config; read are seed, accumulation_steps and loss.
+      config: the run's config; read are seed, accumulation_steps, ema_decay, loss and, of data,
+        mixup, cutmix and random_erasing.
       pixels: what images are normalised with.
       axis_name: pmap's axis, whose devices each hold a part of the batch; None under jit, where
         the batch is one (sharded) array and the compiler sums over devices.
@@ -67,14 +71,13 @@ def make_train_step(
       step(state, batch) -> (state, {loss, grad_norm, learning_rate}). The loss is the mean over
       the valid images of the whole batch, whatever the number of devices and accumulation steps.
     """
-    parts = config.accumulation_steps
+    parts, data = config.accumulation_steps, config.data
 
     def loss_sum(params, batch, key):
-        logits = model.apply(
-            {"params": params}, normalize(batch["image"], pixels), train=True,
-            rngs={"dropout": key})
-        targets = targets_from_labels(
-            batch["label"], logits.shape[-1], config.loss.label_smoothing)
+        images = mixing.mixed_images(batch, lambda x: normalize(x, pixels))
+        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        targets = mixing.mixed_targets(batch, lambda labels: targets_from_labels(
+            labels, logits.shape[-1], config.loss.label_smoothing))
         losses = cross_entropy(config.loss.name, logits, targets)
         return jnp.sum(jnp.where(batch["mask"], losses, 0.0))
 
@@ -86,6 +89,10 @@ def make_train_step(
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         batch = batch | {"image": flip(batch["image"], batch["flip"])}
+        if data.mixup or data.cutmix or data.random_erasing:
+            batch = mixing.draw(
+                jax.random.fold_in(key, _MIXING_STREAM), batch, mixup=data.mixup,
+                cutmix=data.cutmix, erasing=data.random_erasing)
         valid = total(jnp.sum(batch["mask"], dtype=jnp.float32))
 
         def part_gradient(part, key):
@@ -117,15 +124,27 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        step, ema_params = state.step + 1, state.ema_params
+        if config.ema_decay is not None:
+            ema_params = moving_average(ema_params, params, config.ema_decay, step)
+        return TrainState(step, params, opt_state, ema_params), metrics
 
     return train_step
+
+
+def moving_average(average: Any, params: Any, decay: float, updates: jax.Array) -> Any:
+    """`d * average + (1 - d) * params` with d = min(decay, (1 + t) / (10 + t)) after t updates, as
+    TensorFlow's ExponentialMovingAverage with num_updates: while there are few updates a long
+    average would hold little but the initial weights."""
+    share = jnp.maximum(1 - decay, 9 / (10 + updates))
+    return jax.tree.map(lambda a, p: a + share * (p - a), average, params)
 
 
 def make_eval_step(
     model: nn.Module, config: ml_collections.ConfigDict, pixels: Pixels = Pixels()  # noqa: B008
 ) -> Callable[[Any, Batch], Metrics]:
-    """Builds eval_step(params, batch) -> per image: loss [B], prediction [B] and in_top5 [B]."""
+    """Builds eval_step(params, batch) -> per image: loss [B], prediction [B] and in_top5 [B], with
+    the batch's label [B] and mask [B], since a process has only its own rows of them."""
 
     def eval_step(params, batch):
         logits = model.apply({"params": params}, normalize(batch["image"], pixels), train=False)
@@ -136,6 +155,8 @@ def make_eval_step(
             "loss": cross_entropy(config.loss.name, logits, targets),
             "prediction": best[:, 0],
             "in_top5": jnp.any(best == batch["label"][:, None], axis=1),
+            "label": batch["label"],
+            "mask": batch["mask"],
         }
 
     return eval_step

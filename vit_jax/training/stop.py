@@ -2,15 +2,26 @@
 
 import signal
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class StopSignal:
-    """Inside `with`, catches SIGTERM and the first SIGINT; a second SIGINT interrupts at once."""
+    """Inside `with`, SIGTERM and the first SIGINT wait for `check`; a second SIGINT interrupts.
+
+    A run of several processes must stop all of them after the same step, whichever was told to.
+    There JAX catches SIGTERM and agrees on the step (a handler of ours would take the signal away
+    from it), and SIGINT interrupts at once.
+    """
 
     def __init__(self):
-        self.requested: signal.Signals | None = None
+        self._requested: signal.Signals | None = None
+        self._old: dict[int, object] = {}
 
     def __enter__(self):
-        self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        if jax.process_count() == 1:
+            self._old = {
+                s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
@@ -18,6 +29,12 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _request(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+        if self._requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number)
+        self._requested = signal.Signals(number)
+
+    def check(self, step: int) -> signal.Signals | None:
+        """The signal that asks to stop before `step`; all processes must ask before every step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self._requested = signal.SIGTERM
+        return self._requested

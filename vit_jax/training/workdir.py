@@ -4,33 +4,44 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import ml_collections
 
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
+from vit_jax.training import distributed
 
 
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
     """Creates the workdir, or checks that it belongs to this config; writes `config.json`.
 
+    Of several processes the first one writes, and all return when it has.
+
     Returns:
       The differences that a resumed run may have, one `key: old -> new` each.
 
     Raises:
-      UserError: the workdir holds another run, or cannot be written.
+      UserError: the workdir holds another run, cannot be written, or is not shared.
     """
     path = workdir / "config.json"
     changed = {}
     if path.exists():
         changed = config_lib.differences(config, read_config(workdir))
         _refuse({k: v for k, v in changed.items() if k not in config_lib.RESUMABLE}, workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(config_lib.to_json(config), indent=2) + "\n")
-    except OSError as error:
+    distributed.barrier("config.json was read")
+    if distributed.is_main():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(config_lib.to_json(config), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}; choose "
+                            "another --workdir.") from None
+    distributed.barrier("config.json is written")
+    if not path.exists():
         raise UserError(
-            f"The workdir {workdir} cannot be written: {error.strerror}; choose another --workdir."
-        ) from None
+            f"Process {jax.process_index()} does not see {path}, which process 0 wrote; --workdir "
+            "must be on a file system that all processes share."
+        )
     return list(changed.values())
 
 

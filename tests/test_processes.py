@@ -1,0 +1,127 @@
+"""Several real processes: the same run as one, and what happens when they are stopped or die."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from processes import finish, free_port, start, wait_for_step
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.metrics import read_metrics
+
+pytestmark = pytest.mark.core
+
+TINY = f"--config={Path(__file__).parent / 'tiny.py'}"
+
+# Everything random at once, long enough to be interrupted.
+RANDOM = [
+    TINY, "--config.total_steps=200", "--config.log_every=10", "--config.eval_every=100",
+    "--config.checkpoint_every=20", "--config.optimizer.name=adamw",
+    "--config.optimizer.learning_rate=1e-3", "--config.model.dropout_rate=0.1",
+    "--config.data.train_crop=inception", "--config.data.flip=true",
+    "--config.accumulation_steps=2", "--config.data.mixup=0.2", "--config.ema_decay=0.9",
+    "--config.mesh.fsdp=2",
+]  # fmt: skip
+
+
+def final_state(workdir):
+    checkpoints = Checkpoints(workdir / "checkpoints", writable=False)
+    return checkpoints.last_step, checkpoints.restore_arrays(checkpoints.last_step)
+
+
+def test_two_processes_stopped_and_killed_end_with_the_same_bits(tmp_path):
+    undisturbed = tmp_path / "undisturbed"
+    ends = finish(start(2, *RANDOM, f"--workdir={undisturbed}", devices=2))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert "eval/accuracy" in ends[0][1]
+    assert "eval/accuracy" not in ends[1][1]  # one voice
+
+    workdir, rng = tmp_path / "disturbed", random.Random()
+    command = [*RANDOM, f"--workdir={workdir}"]
+    # SIGTERM to either process makes both save the same step.
+    processes = start(2, *command, devices=2)
+    wait_for_step(workdir, rng.randrange(10, 80), processes)
+    processes[rng.randrange(2)].send_signal(signal.SIGTERM)
+    ends = finish(processes)
+    assert [code for code, _, _ in ends] == [75, 75], ends
+    said = {err.splitlines()[-1] for _, _, err in ends}
+    saved = Checkpoints(workdir / "checkpoints", writable=False).last_step
+    assert said == {
+        f"Stopped by SIGTERM after step {saved}, which is saved; the same command continues."}
+
+    processes = start(2, *command, devices=2)
+    wait_for_step(workdir, 110 + rng.randrange(60), processes)
+    for process in processes:
+        process.kill()
+    finish(processes)
+    ends = finish(start(2, *command, devices=2))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert "Continuing from step" in ends[0][1]
+
+    (step, expected), (same_step, actual) = final_state(undisturbed), final_state(workdir)
+    assert step == same_step == 200
+    jax.tree.map(np.testing.assert_array_equal, expected, actual)
+
+
+def losses(workdir):
+    entries = read_metrics(workdir / "metrics.jsonl")
+    return {e["step"]: e["train/loss"] for e in entries if "train/loss" in e}
+
+
+def slurm(job):
+    """What srun sets, for two tasks on this machine."""
+    return lambda i: {
+        "SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+
+
+def test_resumed_by_one_and_by_four_processes(tmp_path):
+    """Two processes (found through SLURM's variables), then four, then one: the losses are those
+    of one process throughout, so every image was seen at its step."""
+    command = [TINY, "--config.total_steps=30", "--config.checkpoint_every=10",
+               "--config.eval_every=0", "--config.data.train_crop=inception"]  # fmt: skip
+    one = tmp_path / "one"
+    assert finish(start(1, *command, f"--workdir={one}", devices=4))[0][0] == 0
+
+    workdir = tmp_path / "changing"
+    job = str(free_port())  # JAX derives the port from it
+    for steps, count, environment in ((10, 2, slurm(job)), (20, 4, None), (30, 1, None)):
+        ends = finish(start(count, *command, f"--workdir={workdir}", devices=4 // count,
+                            environment=environment, *[f"--config.total_steps={steps}"]))
+        assert [code for code, _, _ in ends] == [0] * count, ends
+        assert f"({count} process" in ends[0][1]
+    assert list(losses(workdir)) == list(range(1, 31))
+    np.testing.assert_allclose(
+        list(losses(workdir).values()), list(losses(one).values()), rtol=1e-5)
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    command = [TINY, "--config.total_steps=100_000", "--config.log_every=10",
+               f"--workdir={tmp_path / 'run'}"]  # fmt: skip
+    processes = start(2, *command, devices=1)
+    wait_for_step(tmp_path / "run", 10, processes)
+    processes[1].kill()
+    begin = time.monotonic()
+    code, _, err = finish(processes, timeout=120)[0]
+    assert code not in (0, 75)
+    assert "another process ended" in err or "another task died" in err, err
+    assert time.monotonic() - begin < 100  # the heartbeat's minute, and some
+
+
+def test_processes_that_disagree(tmp_path):
+    """One sentence each, at once, from all of them."""
+    workdir = tmp_path / "run"
+    address = f"--coordinator=localhost:{free_port()}"
+    processes = [
+        start(1, TINY, f"--workdir={workdir}", f"--config.seed={i}", address, "--num_processes=2",
+              f"--process_id={i}", devices=1, environment=lambda _: {})[0] for i in range(2)]
+    ends = finish(processes)
+    assert [code for code, _, _ in ends] == [1, 1], ends
+    for _, _, err in ends:
+        assert "Traceback" not in err
+    assert "seed" in ends[1][2] or "another config than process 0" in ends[1][2], ends[1][2]
+    assert not list(workdir.glob("checkpoints/[0-9]*"))
