@@ -4,10 +4,15 @@
 #   launch/local.sh --config=configs/quickstart.py --workdir=runs/quickstart [--config.key=value ...]
 #
 # Exit code 75 means that the run was told to stop (SIGTERM) and has saved; with RESTART=1 it is
-# started again, for as long as that is how it ends.
+# started again, for as long as that is how it ends. PRESET=hopper (or another file of launch/env)
+# sets what makes XLA and NCCL faster there.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 
+if [ -n "${PRESET:-}" ]; then
+  # shellcheck source=/dev/null
+  . "launch/env/$PRESET.sh" || exit 1
+fi
 # Compiled programs are kept, so that a restart does not compile again. Keep the folder private:
 # whoever can write to it can run code as you.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/vit_jax/compiled}"

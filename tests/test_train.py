@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import cli
+from vit_jax import cli, load_model
 from vit_jax.errors import UserError
+from vit_jax.evaluate import evaluate_checkpoint
 from vit_jax.main import main
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
 TINY = f"--config={Path(__file__).parent / 'tiny.py'}"
@@ -158,6 +160,28 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert meta["class_names"] == [str(i) for i in range(10)]
     assert meta["preprocessing"]["image_size"] == [8, 8]
     assert meta["config"] == json.loads((workdir / "config.json").read_text())
+
+
+def test_averaged_weights_are_evaluated_and_loaded(tmp_path):
+    """After a long run at a high rate they are others than the last, and are what --ema takes."""
+    workdir = tmp_path / "run"
+    main([TINY, f"--workdir={workdir}", "--config.ema_decay=0.95", "--config.total_steps=12"])
+    scalars = read_metrics(workdir / "metrics.jsonl")[-1]
+    assert scalars["eval_ema/images"] == 360
+    assert scalars["eval_ema/loss"] != scalars["eval/loss"]
+    settings = read_config(workdir)
+    for ema, prefix in ((False, "eval"), (True, "eval_ema")):
+        again = evaluate_checkpoint(settings, workdir, ema=ema).scalars(prefix)
+        assert again == {key: pytest.approx(scalars[key], rel=1e-6) for key in again}
+    averaged = load_model(workdir, ema=True)
+    assert "averaged weights" in averaged.report.source
+    _, state = final_state(workdir)
+    jax.tree.map(np.testing.assert_array_equal, averaged.params, state["ema_params"])
+
+    other = tmp_path / "without"
+    main([TINY, f"--workdir={other}", "--config.total_steps=1"])
+    with pytest.raises(UserError, match="no averaged weights: config.ema_decay was not set"):
+        load_model(other, ema=True)
 
 
 def test_best_and_last_are_kept(tmp_path):

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -173,6 +174,19 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: dict[str, str]
     """Sets the command line's values, read as each key's own type."""
     for path, text in overrides.items():
         set_value(config, path, parse_value(path, text))
+
+
+def add_weights_flags(parser: argparse.ArgumentParser) -> None:
+    """`--best` and `--ema`: which weights of a workdir a command takes."""
+    parser.add_argument("--best", action="store_true",
+                        help="of a workdir, the checkpoint of the highest accuracy, not the last")
+    parser.add_argument("--ema", action="store_true",
+                        help="of a workdir, the averaged weights (config.ema_decay)")
+
+
+def weights_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """What these flags mean to `load_model`."""
+    return {"checkpoint": "best" if flags.best else "last", "ema": flags.ema}
 
 
 def parse_image_size(text: str) -> tuple[int, int]:

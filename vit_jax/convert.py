@@ -35,15 +35,14 @@ def main(arguments: list[str]) -> None:
                         help="export tanh GELU to torchvision, which has exact GELU alone")
     parser.add_argument("--images", nargs="+", action="extend", default=[], metavar="PATH",
                         help="images or folders of them to compare on, beside random ones")
-    parser.add_argument("--best", action="store_true",
-                        help="of a workdir, the checkpoint of the highest accuracy, not the last")
+    cli.add_weights_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     flags = parser.parse(arguments)
     for name, value in (("from", flags.source), ("to", flags.to), ("out", flags.out)):
         if value is None:
             raise UserError(f"--{name}= is missing (see --help).")
 
-    loaded = load_model(flags.source, checkpoint="best" if flags.best else "last")
+    loaded = load_model(flags.source, **cli.weights_options(flags))
     print(loaded.report, flush=True)
     try:
         print(export_model(

@@ -116,7 +116,7 @@ def make_evaluator(
 
 
 def evaluate_checkpoint(
-    config: ml_collections.ConfigDict, path: str | Path, which: str = "last"
+    config: ml_collections.ConfigDict, path: str | Path, which: str = "last", ema: bool = False
 ) -> Evaluation:
     """Evaluates a checkpoint without training, at the config's image size and preprocessing.
 
@@ -124,11 +124,12 @@ def evaluate_checkpoint(
       config: read are data, eval_batch_size, dtype, mesh, loss and init_position_resize.
       path: a run's workdir, or anything that `load_model` reads.
       which: 'last' or 'best' checkpoint of a workdir.
+      ema: its averaged weights.
 
     Raises:
       UserError: no checkpoint, or data with other classes than the checkpoint's.
     """
-    contents = read(path, checkpoint=which)
+    contents = read(path, checkpoint=which, ema=ema)
     size = config_lib.image_size(config)
     source = open_eval(
         config.data.source, dir=config.data.dir, eval_split=config.data.eval_split,

@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
                         help="which one --mode=evaluate evaluates")
+    parser.add_argument("--ema", action="store_true",
+                        help="--mode=evaluate takes its averaged weights (config.ema_decay)")
     several = parser.add_argument_group(
         "a run of several processes", "(see docs/clusters.md; launch/ has a script for each place)")
     several.add_argument("--cluster", choices=distributed.CLUSTERS, default="auto",
@@ -62,7 +64,7 @@ def main(arguments: list[str]) -> None:
             if workdir:
                 workdir_lib.check_same_model(settings, workdir)
             evaluation = evaluate_checkpoint(
-                settings, workdir or settings.init, flags.checkpoint)
+                settings, workdir or settings.init, flags.checkpoint, flags.ema)
             print(evaluation.final_line(), flush=True)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():

@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> None:
                         help="a file, a directory, a run's workdir, or a name: augreg:B/16")
     parser.add_argument("images", metavar="IMAGE_OR_DIR", nargs="+",
                         help=f"directories are searched for {', '.join(EXTENSIONS)}")
-    parser.add_argument("--best", action="store_true",
-                        help="of a workdir, the checkpoint of the highest accuracy, not the last")
+    cli.add_weights_flags(parser)
     parser.add_argument("--top", metavar="K", type=int, default=5, help="classes per image (5)")
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--features", metavar="OUT.npz", type=Path,
@@ -68,7 +67,7 @@ def main(arguments: list[str]) -> None:
 
     unreadable = Unreadable()
     paths = find_images(flags.images, unreadable)
-    options: dict[str, Any] = {"channels": 3, "checkpoint": "best" if flags.best else "last"}
+    options: dict[str, Any] = {"channels": 3, **cli.weights_options(flags)}
     if flags.image_size:
         options["image_size"] = cli.parse_image_size(flags.image_size)
     loaded = load_model(flags.checkpoint, **options)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from vit_jax import cli
+from vit_jax.data.buckets import refuse_bucket
 from vit_jax.data.preparing.forms import open_input
 from vit_jax.data.preparing.inputs import Input
 from vit_jax.data.preparing.shards import Options, OutputFile, Preparation, Tally
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
         "  a TFDS data set in TFRecord form, .../NAME/VERSION; TensorFlow is not needed",
     )
     parser.add_argument("--from", dest="source", metavar="PATH", help="the raw data")
-    parser.add_argument("--out", metavar="DIR", type=Path,
+    parser.add_argument("--out", metavar="DIR",
                         help="where data sets are; this one goes to DIR/NAME/1.0.0")
     parser.add_argument("--name", help="of the data set; default: the input's")
     parser.add_argument("--resize", metavar="PIXELS", type=int,
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> None:
     for name, value in (("from", flags.source), ("out", flags.out)):
         if value is None:
             raise UserError(f"--{name}= is missing (see --help).")
+        refuse_bucket(f"--{name}", str(value))
     for name in ("resize", "workers", "records_per_file"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)} must be at least 1.")
@@ -68,7 +70,7 @@ def main(arguments: list[str]) -> None:
     print(f"Listing {flags.source} ...", flush=True)
     source = open_input(flags.source)
     preparation = Preparation(
-        source, flags.out.expanduser().absolute(), data_set_name(source, flags.name),
+        source, Path(flags.out).expanduser().absolute(), data_set_name(source, flags.name),
         Options(flags.resize, flags.quality, flags.records_per_file))
     _check_apart(source, preparation.folder)
     print(f"Found {', '.join(f'{n:,} images for {name!r}' for name, n in source.splits.items())} "

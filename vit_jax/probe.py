@@ -13,7 +13,8 @@ from vit_jax.config import base_config
 from vit_jax.data.pipeline import BadImages
 from vit_jax.data.sources import Source, open_splits
 from vit_jax.errors import UserError, did_you_mean
-from vit_jax.probes.evaluator import PROBES, ProbeResults, make_probes
+from vit_jax.probes import PROBES
+from vit_jax.probes.evaluator import ProbeResults, make_probes
 from vit_jax.probes.fewshot import L2, SEEDS, SHOTS
 from vit_jax.probes.knn import NEIGHBORS, TEMPERATURE
 from vit_jax.training import partition
@@ -39,8 +40,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets are")
     parser.add_argument("--train_split", metavar="SPLIT", help="to learn from; the source's own")
     parser.add_argument("--eval_split", metavar="SPLIT", help="to classify; the source's own")
-    parser.add_argument("--best", action="store_true",
-                        help="of a workdir, the checkpoint of the highest accuracy, not the last")
+    cli.add_weights_flags(parser)
     parser.add_argument("--what", metavar="PROBES", default=",".join(PROBES),
                         help="some of %(default)s")
     parser.add_argument("--shots", metavar="N,...", default=",".join(map(str, SHOTS)),
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--out: the folder {flags.out.absolute().parent} does not exist; create "
                         "it first.")
 
-    options = {"num_classes": 0, "channels": 3, "checkpoint": "best" if flags.best else "last"}
+    options = {"num_classes": 0, "channels": 3, **cli.weights_options(flags)}
     if flags.image_size:
         options["image_size"] = cli.parse_image_size(flags.image_size)
     loaded = load_model(flags.checkpoint, **options)

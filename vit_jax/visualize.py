@@ -1,8 +1,10 @@
 """Look inside a model: python -m vit_jax.visualize --checkpoint=PATH --out=DIR IMAGE_OR_DIR ..."""
 
+import contextlib
 import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +75,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for the results")
     parser.add_argument("--what", metavar="FIGURE,FIGURE", default="all",
                         help="which figures, for example rollout,heads (all)")
-    parser.add_argument("--best", action="store_true",
-                        help="of a workdir, the checkpoint of the highest accuracy, not the last")
+    cli.add_weights_flags(parser)
     parser.add_argument("--image_size", metavar="N[,M]", help="another than the checkpoint's: "
                         "pixels per side, or height,width")
     flags = parser.parse(arguments)
     wanted = parse_what(flags.what)
     unreadable = Unreadable()
     paths = find_images(flags.images, unreadable) if flags.images else []
-    options: dict[str, Any] = {"channels": 3, "checkpoint": "best" if flags.best else "last"}
+    options: dict[str, Any] = {"channels": 3, **cli.weights_options(flags)}
     if flags.image_size:
         options["image_size"] = cli.parse_image_size(flags.image_size)
     loaded = load_model(flags.checkpoint, **options)
@@ -93,10 +94,8 @@ def main(arguments: list[str]) -> None:
         unreadable.check(paths)
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"There is nothing to draw. {why}.")
-    try:
+    with writing(flags.out):
         flags.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={flags.out} cannot be created: {error.strerror}.") from error
 
     view = None
     if any(name in _OF_IMAGES for name in wanted):
@@ -105,7 +104,8 @@ def main(arguments: list[str]) -> None:
         sections = [save(flags.out, name, *draw(name, loaded, view)) for name in wanted]
     page = render(f"Inside {flags.checkpoint}", facts(loaded, view), sections,
                   {TITLES[name]: reason for name, reason in reasons.items()})
-    (flags.out / "index.html").write_text(page, encoding="utf-8")
+    with writing(flags.out):
+        (flags.out / "index.html").write_text(page, encoding="utf-8")
     for name, reason in reasons.items():
         print(f"left out {name}: {reason}")
     print(f"{', '.join(wanted)}: {flags.out / 'index.html'}")
@@ -226,10 +226,12 @@ def draw(
             [figures.rollout(view.images, view.rollout, titles)],
             {"rollout": view.rollout, "files": files})
     if name == "heads":
+        title = "Attention of the class token" if "token" in model.classifier else (
+            "Mean attention of all patches")
         return (
             f"Attention weights from {reader} to the patches. Each map is scaled to its own 98th "
             "percentile.",
-            [figures.heads(*shown, reader)
+            [figures.heads(*shown, title)
              for shown in zip(view.images, view.heads, titles, strict=False)],
             {"attention": view.heads, "files": files[: len(view.heads)]})
     if name == "distance":
@@ -259,13 +261,20 @@ def save(
     images = [f"{name}.png"]
     if len(drawn) > 1:
         images = [f"{name}_{number}.png" for number in range(1, len(drawn) + 1)]
-    try:
+    with writing(folder):
         for image, figure in zip(images, drawn, strict=True):
             figure.savefig(folder / image)
         np.savez_compressed(folder / f"{name}.npz", **arrays)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to: {error.strerror}.") from error
     return Section(TITLES[name], caption, tuple(images), f"{name}.npz")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns a full disk and the like into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out={folder} cannot be written to: {error.strerror}.") from error
 
 
 def facts(loaded: Loaded, view: View | None) -> dict[str, str]:

@@ -145,7 +145,7 @@ def test_contrast_is_pillows_blend_with_another_grey(image, factor):
 
 
 @pytest.mark.parametrize(
-    ("shape", "grey"), [((8, 8), 0), ((16, 16), 1), ((224, 224), 196), ((300, 300), 255)])
+    ("shape", "grey"), [((8, 8), 0), ((100, 255), 99), ((224, 224), 196), ((300, 300), 255)])
 def test_grey_of_contrast(shape, grey):
     black = np.zeros((*shape, 3), np.uint8)
     assert (randaugment.contrast(black, 0.1) == int(grey * 0.9)).all()

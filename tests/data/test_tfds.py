@@ -186,8 +186,7 @@ def test_tfrecord_form(tmp_path, file_format):
     folder = write(tmp_path, file_format=file_format, records=False)
     message = refusal("tfds:pets", tmp_path)
     assert f"{folder} is in tfrecord form" in message and "ArrayRecord is needed" in message
-    assert "download_and_prepare(file_format='array_record')" in message
-    assert "data_dir='ANOTHER_DIR'" in message  # in the same place TFDS would do nothing
+    assert f"python -m vit_jax.prepare --from={folder} --out=ANOTHER_DIR" in message
 
 
 @pytest.mark.parametrize("first", ["tfrecord", "parquet"])
@@ -331,3 +330,41 @@ def test_tensorflow_is_not_needed(cifar10_dir, mark):
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["50000,10000,32,32,3", "1437,360,8,8,3"]
     assert result.stderr == ""
+
+
+def test_other_forms_are_prepared_elsewhere(tmp_path):
+    """In the same place TFDS would do nothing."""
+    write(tmp_path, file_format="parquet", records=False)
+    message = refusal("tfds:pets", tmp_path)
+    assert "data_dir='ANOTHER_DIR').download_and_prepare(file_format='array_record')" in message
+
+
+def test_more_files_than_may_be_open(tmp_path):
+    """A global shuffle opens all of them; the soft limit is raised, and the hard one is said."""
+    code = f"""
+import resource, sys
+from vit_jax.data.sources import open_eval
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[1])))
+split = open_eval("tfds:pets", dir={str(tmp_path)!r}, eval_split="train", image_size=(8, 8))
+print(len([split[index] for index in range(len(split))]))
+"""
+    folder = write(tmp_path, records=False, splits=[("train", (0,))])
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = ["1"] * 100
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(PNG)
+    example.features.feature["label"].int64_list.value.append(1)
+    for number in range(100):
+        writer = array_record_module.ArrayRecordWriter(
+            str(folder / f"pets-train.array_record-{number:05d}-of-00100"), "group_size:1")
+        writer.write(example.SerializeToString())
+        writer.close()
+
+    def run(hard):
+        return subprocess.run(
+            [sys.executable, "-c", code, str(hard)], text=True, capture_output=True)
+
+    assert run(200).stdout == "100\n"
+    assert "split 'train' is in 100 files, which are all open at once, but only 90 may be" in (
+        run(90).stderr)

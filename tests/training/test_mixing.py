@@ -224,7 +224,8 @@ def test_noise():
 @core
 def test_devices_draw_alike_and_keep_their_images():
     """Sharded, every draw is bit for bit that of one device; the only image that moves is each
-    device's last, to its neighbour; no device makes noise for the whole batch."""
+    device's last, to its neighbour; no device makes noise for the whole batch or draws in a loop
+    that waits for the others."""
     mesh = partition.make_mesh(everything_on(mesh=(1, 8, 1)))
     batch = make_batch(0, rows=32)
 
@@ -247,6 +248,7 @@ def test_devices_draw_alike_and_keep_their_images():
     assert {move for move in moved if re.search(r"\[\d+,8,8,3\]", move[0])} == {
         ("u8[1,8,8,3]", "collective-permute")}
     assert "f32[32,8,8,3]" not in text
+    assert ("pred[]", "all-reduce") not in moved  # no loop asks all devices whether to go on
 
 
 def everything_on(**settings):

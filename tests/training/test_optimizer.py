@@ -72,6 +72,36 @@ def test_a_warmup_that_leaves_no_steps(warmup):
     rates([0], total_steps=12, schedule_warmup_steps=warmup)
 
 
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("name", ["rsqrt", "constant"])
+def test_cooldown(name, warmup):
+    """The last 20 of 100 updates lead in a straight line from where the decay is to zero, which
+    update 101 would have: the last one still moves the weights."""
+    settings = dict(schedule_name=name, schedule_warmup_steps=warmup, schedule_timescale=7,
+                    optimizer_learning_rate=0.2)
+    without = rates(range(101), 100, **settings)
+    ours = rates(range(101), 100, schedule_cooldown_steps=20, **settings)
+    assert ours[:81] == without[:81]
+    np.testing.assert_allclose(
+        ours[80:], without[80] * np.linspace(1, 0, 21), rtol=1e-5, atol=1e-8)
+    reached = {"rsqrt": 0.2 / (1 + (80 - warmup) / 7) ** 0.5, "constant": 0.2}[name]
+    assert ours[90] == pytest.approx(reached / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(schedule_name="cosine", schedule_cooldown_steps=2),
+     r"cooldown_steps=2 is for schedules without an end, .* config\.schedule\.name='cosine'"),
+    (dict(schedule_name="linear", schedule_cooldown_steps=2), "schedules without an end"),
+    (dict(schedule_name="rsqrt", schedule_warmup_steps=4, schedule_cooldown_steps=6),
+     "warmup_steps=4 with cooldown_steps=6 leaves none of the 10 steps"),
+    (dict(schedule_cooldown_steps=10), "cooldown_steps=10 leaves none of the 10 steps"),
+])
+def test_cooldowns_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=message):
+        rates([0], total_steps=10, **settings)
+    rates([0], total_steps=11, schedule_warmup_steps=4, schedule_cooldown_steps=6)
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 def test_a_decay_does_not_end_above_its_peak(name):
     with pytest.raises(UserError, match=r"end_value=0\.1 is above config\.optimizer\.learning_rat"):
@@ -128,6 +158,10 @@ def formula(config, gradients):
                 g = g * min(1, o.clip_norm / norm)
             if o.name == "sgd":
                 m = direction = o.momentum * m + g
+            elif o.name == "adafactor":  # all too small to factor; see test_adafactor.py
+                decay = min(0.999, 1 - (t + 1) ** -0.8)
+                v = decay * v + (1 - decay) * (g**2 + 1e-30)
+                m = direction = o.momentum * m + (1 - o.momentum) * g / np.sqrt(v)
             else:
                 m = o.beta1 * m + (1 - o.beta1) * g
                 v = o.beta2 * v + (1 - o.beta2) * g**2
@@ -146,6 +180,8 @@ def formula(config, gradients):
     dict(optimizer_name="sgd", optimizer_clip_norm=1.0, optimizer_weight_decay=0.3),
     dict(optimizer_name="adam", optimizer_beta1=0.8, optimizer_beta2=0.95),
     dict(optimizer_name="adam", optimizer_epsilon=0.1),
+    dict(optimizer_name="adafactor", optimizer_weight_decay=0.3, optimizer_clip_norm=1.0),
+    dict(optimizer_name="adafactor", optimizer_momentum=0.0),
     dict(optimizer_name="adamw", optimizer_weight_decay=0.3),
     dict(optimizer_name="adamw", optimizer_weight_decay=0.3, optimizer_clip_norm=0.01),
     dict(optimizer_name="adamw", optimizer_weight_decay=0.3, schedule_name="linear",
@@ -178,7 +214,7 @@ def test_gradients_below_the_clipping_norm_are_left_alone():
         np.testing.assert_array_equal(clipped[path], value)
 
 
-@pytest.mark.parametrize("name, moment", [("sgd", "trace"), ("adamw", "mu")])
+@pytest.mark.parametrize("name, moment", [("sgd", "trace"), ("adamw", "mu"), ("adafactor", "ema")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_stored_first_moment(name, moment, dtype):
     """bfloat16 saves memory in the state alone: the update is still made in float32."""

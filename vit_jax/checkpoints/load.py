@@ -23,7 +23,8 @@ from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.state import model_from_json
 
 # What `load_model` takes beside the fields of the model.
-_OPTIONS = {"image_size", "channels", "position_resize", "reset_head", "mean", "std", "checkpoint"}
+_OPTIONS = {"image_size", "channels", "position_resize", "reset_head", "mean", "std", "checkpoint",
+            "ema"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ def load_model(path: str | Path, **overrides) -> Loaded:
         adapted,
         reset_head: True for a zero head even where the number of classes agrees,
         mean, std: of the pixels in [0, 1], where the file does not tell,
-        checkpoint: 'last' (default) or 'best' of a workdir.
+        checkpoint: 'last' (default) or 'best' of a workdir,
+        ema: True for the averaged weights of a run with config.ema_decay.
 
     Raises:
       UserError: unreadable, not a ViT, or tensors that are missing or left over.
@@ -87,7 +89,7 @@ def load_model(path: str | Path, **overrides) -> Loaded:
     options = {key: overrides.pop(key) for key in list(overrides) if key in _OPTIONS}
     contents = read(path, num_heads=overrides.get("num_heads"),
                     image_size=options.get("image_size"),
-                    checkpoint=options.get("checkpoint", "last"))
+                    checkpoint=options.get("checkpoint", "last"), ema=options.get("ema", False))
     report = contents.report
     known = {f.name for f in dataclasses.fields(contents.module)} - {"parent", "name"}
     for key in overrides:
@@ -161,7 +163,8 @@ def fit(contents: Contents, model: nn.Module, size: tuple[int, int], config) -> 
 
 
 def read(
-    path: str | Path, *, num_heads: int | None = None, image_size=None, checkpoint: str = "last"
+    path: str | Path, *, num_heads: int | None = None, image_size=None, checkpoint: str = "last",
+    ema: bool = False,
 ) -> Contents:
     """Reads a checkpoint into our names; see `load_model`."""
     if checkpoint not in ("last", "best"):
@@ -169,17 +172,18 @@ def read(
     if names.is_name(str(path)):
         remote = names.resolve(str(path))
         contents = read(download(remote.url), num_heads=num_heads, image_size=image_size,
-                        checkpoint=checkpoint)
+                        checkpoint=checkpoint, ema=ema)
         if remote.reason:
             contents.report.assumptions.append(
                 f"{path} is {remote.file_name} ({remote.reason})")
         return contents
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
-        return _read_workdir(path, checkpoint)
+        return _read_workdir(path, checkpoint, ema)
     file = files.read_tensors(path)
-    if checkpoint != "last":
-        raise UserError(f"{path} is one checkpoint; only a run's workdir has a best one.")
+    if checkpoint != "last" or ema:
+        raise UserError(f"{path} is one checkpoint; only a run's workdir has a best one, and "
+                        "averaged weights.")
     report = LoadReport(str(file.path), "")
     try:
         if google.is_google(file.tensors):
@@ -197,15 +201,17 @@ def read(
                         f"({error}).") from error
 
 
-def _read_workdir(path, which):
+def _read_workdir(path, which, ema):
     checkpoints = Checkpoints(path / "checkpoints", writable=False)
     step = checkpoints.best_step if which == "best" else checkpoints.last_step
     if step is None:
         raise UserError(f"{path / 'checkpoints'} holds no complete checkpoint.")
     meta = checkpoints.meta(step)
-    params = {name: np.asarray(tensor)
-              for name, tensor in flatten(checkpoints.restore_arrays(step)["params"]).items()}
+    weights = checkpoints.restore_arrays(step).get("ema_params" if ema else "params")
     checkpoints.close()
+    if not weights:
+        raise UserError(f"{path} has no averaged weights: config.ema_decay was not set for it.")
+    params = {name: np.asarray(tensor) for name, tensor in flatten(weights).items()}
     size = tuple(meta["preprocessing"]["image_size"])
     model = model_from_json(meta["model"])
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
@@ -215,7 +221,8 @@ def _read_workdir(path, which):
         fields["attention_implementation"] = "auto"
     dropped = [(name, params.pop(name).shape, "of masked pretraining") for name in list(params)
                if name == "mask_token" or name.startswith("patch_head/")]
-    report = LoadReport(f"{path} step {step}", "vit_jax", dropped=dropped,
+    averaged = ", averaged weights" if ema else ""
+    report = LoadReport(f"{path} step {step}{averaged}", "vit_jax", dropped=dropped,
                         renamed=[(name, name, x.shape) for name, x in params.items()])
     grid = None
     if isinstance(model, VisionTransformer):

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from vit_jax.data.buckets import refuse_bucket
 from vit_jax.data.records import Record, missing_split, stratified_split
 from vit_jax.errors import UserError
 
@@ -27,6 +28,7 @@ class Folder:
         """Raises UserError where `path` is no readable folder with at least two classes."""
         if not path:
             raise UserError("config.data.source='folder:' needs a path: folder:PATH.")
+        refuse_bucket("config.data.source", path)
         self._path = os.path.abspath(os.path.expanduser(path))
         self._where = f"folder:{self._path}"
         if not os.path.isdir(self._path):
@@ -47,7 +49,7 @@ class Folder:
 
     def default_eval_split(self) -> str:
         for split in ("val", "test"):
-            if split in self._split_names():
+            if split in self.split_names():
                 return split
         raise UserError(
             f"{self._where} has neither a folder 'val' nor a folder 'test' beside "
@@ -56,8 +58,8 @@ class Folder:
         )
 
     def open(self, split: str) -> "FolderSplit":
-        if split not in self._split_names():
-            raise missing_split(self._where, split, self._split_names())
+        if split not in self.split_names():
+            raise missing_split(self._where, split, self.split_names())
         if self._splits_by_itself:
             paths, labels = self._stratified()[split]
         else:
@@ -70,7 +72,8 @@ class Folder:
     def _join(self, *names: str) -> str:
         return os.path.join(self._path, *names)
 
-    def _split_names(self) -> list[str]:
+    def split_names(self) -> list[str]:
+        """What `open` takes."""
         return ["train", "val"] if self._splits_by_itself else self._folders
 
     def _find_classes(self) -> tuple[str, ...]:
@@ -138,16 +141,16 @@ class FolderSplit:
         self.name = name
         self.split = split
         self.class_names = class_names
-        self._paths = paths
+        self.paths = paths
         self._labels = labels
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Record:
         """Raises UserError for a file that cannot be read: unlike one that cannot be decoded, it
         may be readable tomorrow, and leaving it out would change the run."""
-        path = self._paths[index]
+        path = self.paths[index]
         try:
             with open(path, "rb") as file:
                 data = file.read()

@@ -7,10 +7,13 @@ data set that is not there with minutes of attempts to download it.
 import json
 import os
 import re
+import resource
+import shlex
 import sys
 
 import numpy as np
 
+from vit_jax.data.buckets import refuse_bucket
 from vit_jax.data.records import Record, missing_split
 from vit_jax.errors import UserError, did_you_mean
 
@@ -18,9 +21,10 @@ _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SPLIT = re.compile(r"\s*(?P<name>[\w\-]+)\s*(\[.*\])?\s*")
 _MOST_LABELS_READ = 200_000
+_OTHER_OPEN_FILES = 512  # another split's among them
 
 
-def _import_tfds():
+def import_tfds():
     """Imports TFDS, which takes a third of a second, for this source only."""
     # `sys.modules['tensorflow'] = None` is how Python is told that a module must not be imported;
     # TFDS takes any entry of that name for TensorFlow itself.
@@ -39,7 +43,7 @@ class Tfds:
         self._where = f"tfds:{name}"
         folder = _find(name, dir)
         _check_format(folder, name)
-        tfds = _import_tfds()
+        tfds = import_tfds()
         try:
             self._builder = tfds.builder_from_directory(folder)
             features = self._builder.info.features
@@ -51,7 +55,7 @@ class Tfds:
             ) from error
         self._where += f" in {folder}"
         self._origin = f"tfds:{self._builder.info.full_name}"
-        self._class_names = _class_names(features, tfds, self._where)
+        self._class_names = class_names(features, self._where)
 
     def default_eval_split(self) -> str:
         for split in ("validation", "test"):
@@ -64,7 +68,7 @@ class Tfds:
         )
 
     def open(self, split: str) -> "TfdsSplit":
-        tfds = _import_tfds()
+        tfds = import_tfds()
         for part in split.split("+"):
             match = _SPLIT.fullmatch(part)
             if match and match["name"] not in (*self._splits, "all"):
@@ -87,6 +91,7 @@ class Tfds:
         if missing:
             raise UserError(f"{self._where}: split {split!r} is incomplete, {missing[0]} is "
                             "missing; copy or prepare the data set again.")
+        _allow_open_files(len(files), f"{self._where}: split {split!r}")
         source = TfdsSplit(f"{self._origin} split {split!r}", split, self._class_names, records)
         if source[0].label < 0:
             raise UserError(
@@ -128,6 +133,25 @@ class TfdsSplit:
         return labels
 
 
+def _allow_open_files(count: int, what: str) -> None:
+    """A global shuffle reads from all files of a split at once, and they stay open. The usual limit
+    of 1024 is a soft one: a process may raise it to the hard one.
+
+    Raises:
+      UserError: that is too low as well.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_OPEN_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if allowed <= count:
+        raise UserError(f"{what} is in {count} files, which are all open at once, but only "
+                        f"{allowed} may be; raise the limit (ulimit -n {wanted}), or have fewer "
+                        "files (--records_per_file of python -m vit_jax.prepare).")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 def _parse(example: bytes) -> tuple[bytes, int]:
     """The encoded image and the label of a serialized tf.train.Example."""
     from tensorflow_datasets.proto import tf_example_pb2
@@ -148,6 +172,7 @@ def _find(name: str, dir: str | None) -> str:
     root = dir or os.environ.get("TFDS_DATA_DIR")
     if not root:
         came_from, root = "the folder for TFDS data sets", "~/tensorflow_datasets"
+    refuse_bucket(came_from, root)
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         raise UserError(
@@ -212,10 +237,12 @@ def _check_format(folder: str, name: str) -> None:
     info = _info(folder)
     formats = [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
     if "array_record" not in formats:
-        raise UserError(
-            f"tfds:{name}: {folder} is in {formats[0]} form, which only TensorFlow reads; "
-            f"ArrayRecord is needed: {_prepare(name, elsewhere=True)}."
-        )
+        if formats[0] == "tfrecord":
+            how = f"python -m vit_jax.prepare --from={shlex.quote(folder)} --out=ANOTHER_DIR"
+        else:
+            how = _prepare(name, elsewhere=True)
+        raise UserError(f"tfds:{name}: {folder} is in {formats[0]} form, but ArrayRecord is "
+                        f"needed: {how}.")
     if not os.path.exists(os.path.join(folder, "features.json")):
         raise UserError(f"tfds:{name}: {folder} has no features.json, so what its records hold is "
                         "not known; copy or prepare the data set again.")
@@ -238,8 +265,13 @@ def _prepare(name: str, *, elsewhere: bool = False) -> str:
             "file_format='array_record'), where TensorFlow is installed")
 
 
-def _class_names(features, tfds, where: str) -> tuple[str, ...]:
-    """Raises UserError where an example is not an image with a class."""
+def class_names(features, where: str) -> tuple[str, ...]:
+    """The classes of a data set with these TFDS features.
+
+    Raises:
+      UserError: an example is not an image with a class.
+    """
+    tfds = import_tfds()
     held = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
     for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
         if not isinstance(held.get(key), kind):

@@ -2,6 +2,7 @@
 Vision Transformer that sees some patches replaced and predicts what they looked like."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,21 @@ TARGETS = ("mean_color", "downsized_colors", "pixels")
 COLORS = 512  # 3 bits for each of red, green and blue
 CELLS = 16  # of a patch that is downsized to 4x4
 MASK = -1  # in `sources`, where the mask token stands
+
+
+def corrupted_count(patches: int, rate: float) -> int:
+    """How many of an image's patches are corrupted: `round(rate * patches)`.
+
+    Raises:
+      ValueError: none would be, or there is no other patch.
+    """
+    count = round(rate * patches)
+    if not count or patches < 2:
+        raise ValueError(
+            f"masked patch prediction at a rate of {rate} corrupts none of {patches} patches; use "
+            "a larger rate, smaller patches or a larger image."
+        )
+    return count
 
 
 def corrupt(patches: jax.Array, mask_token: jax.Array, sources: jax.Array) -> jax.Array:
@@ -92,6 +108,11 @@ class MaskedPatchModel(VisionTransformer):
     def patch_pixels(self) -> int:
         """Pixels per side of what one token stands for, on a hybrid too."""
         return self.patch_size * self.stem_stride
+
+    @nn.nowrap
+    def num_patches(self, image_size: tuple[int, int]) -> int:
+        """Of an image of (height, width) pixels."""
+        return math.prod(side // self.patch_pixels for side in image_size)
 
     @property
     def backbone(self) -> VisionTransformer:

@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec
 
 
 def constrain_tokens(x: jax.Array) -> jax.Array:
-    """Keeps [B, N, D] activations split over the mesh's batch axes, data and fsdp.
+    """Keeps activations [B, N, D] or [B, D] split over the mesh's batch axes, data and fsdp.
 
     Without this the compiler may keep FSDP's parameters in place and split the activations by
     feature instead, which is a slow tensor parallelism. Outside a mesh (`jax.set_mesh`), and
@@ -14,4 +14,4 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not {"data", "fsdp"} <= set(mesh.axis_names) or mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), None, None))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))

@@ -381,10 +381,11 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([x[:, :1], patches], axis=1)
         else:
             x = patches
+        x = constrain_tokens(x)
 
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
-            x = jnp.tanh(x.astype(jnp.float32))
+            x = constrain_tokens(jnp.tanh(x.astype(jnp.float32)))
         if not self.num_classes:
             return x
         return resnet.make_head(self.num_classes, self.head_bias_init, self.dtype)(x)

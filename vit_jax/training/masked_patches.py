@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.models.masked import MASK, MaskedPatchModel
+from vit_jax.models.masked import MASK, MaskedPatchModel, corrupted_count
 from vit_jax.training.step import Batch, Metrics, Pixels, normalize
 
 # Of the corrupted patches; the rest keep their own embedding, and are predicted like the others.
@@ -28,7 +28,7 @@ class Corruption(NamedTuple):
 
 
 def sample_corruption(keys: jax.Array, patches: int, rate: float = 0.5) -> Corruption:
-    """Corrupts `round(rate * patches)` patches of every image, exactly.
+    """Corrupts exactly `corrupted_count(patches, rate)` patches of every image.
 
     Each of them, for itself, becomes the mask token (80%), gets the embedding of another patch of
     the same image, all others being equally likely (10%), or keeps its own (10%). The paper does
@@ -43,12 +43,7 @@ def sample_corruption(keys: jax.Array, patches: int, rate: float = 0.5) -> Corru
     Raises:
       ValueError: so few patches that none would be corrupted, or none be another.
     """
-    count = round(rate * patches)
-    if not count or patches < 2:
-        raise ValueError(
-            f"masked patch prediction with a rate of {rate} corrupts none of {patches} patches; "
-            "use a larger rate, smaller patches or a larger image."
-        )
+    count = corrupted_count(patches, rate)
 
     def sample(key):
         which, how, other = jax.random.split(key, 3)
@@ -170,7 +165,7 @@ def make_loss_sum(
         corruption_key, dropout_key = jax.random.split(key)
         images = batch["image"]
         keys = jax.random.split(corruption_key, len(images))
-        corruption = sample_corruption(keys, _count(images, model), rate)
+        corruption = sample_corruption(keys, model.num_patches(images.shape[1:3]), rate)
         predictions = model.apply(
             {"params": params}, normalize(images, pixels), corruption.sources, train=True,
             rngs={"dropout": dropout_key})
@@ -195,7 +190,7 @@ def make_eval_step(
         images, side = batch["image"], model.patch_pixels
         key = jax.random.key(seed)
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
-        corruption = sample_corruption(keys, _count(images, model), rate)
+        corruption = sample_corruption(keys, model.num_patches(images.shape[1:3]), rate)
         predictions = model.apply(
             {"params": params}, normalize(images, pixels), corruption.sources, train=False)
         targets = make_targets(images, model.target, side, pixels)
@@ -208,8 +203,3 @@ def make_eval_step(
         }
 
     return eval_step
-
-
-def _count(images, model):
-    height, width = images.shape[1:3]
-    return (height // model.patch_pixels) * (width // model.patch_pixels)

@@ -65,8 +65,8 @@ def draw(
         cut = jax.random.bernoulli(switch_key, 0.5, (rows,))
     else:
         cut = jnp.full(rows, bool(cutmix))
-    alpha = jnp.where(cut, cutmix, mixup)
-    share = jax.random.beta(share_key, alpha, alpha)
+    alpha = _on_every_device(jnp.where(cut, cutmix, mixup))
+    share = _on_every_device(jax.random.beta(share_key, alpha, alpha))
     # mixup's smaller half is mirrored, as in big_vision: the image outweighs its partner.
     blend = jnp.where(cut, 1.0, jnp.maximum(share, 1 - share))
     box = jnp.where(cut[:, None], cutmix_boxes(box_key, share, size), 0)
@@ -207,3 +207,12 @@ def _inside(boxes, size):
     top, left, bottom, right = boxes.T[..., None, None]
     row, column = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None]
     return (top <= row) & (row < bottom) & (left <= column) & (column < right)
+
+
+def _on_every_device(x):
+    """Keeps a small array whole: the sampler of Beta loops until all draws are accepted, and with
+    the draws split every turn of its loop would wait for all devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())

@@ -1,0 +1,1 @@
+"""What goes on inside a model: attention, distances, similarities, and their figures."""
