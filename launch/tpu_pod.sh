@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice of one or more hosts (gcloud must be set up): the same command on every host.
+# A Cloud TPU slice of one or more hosts (gcloud and ssh-add must be set up): the same command on every host.
 #
 #   launch/tpu_pod.sh setup NAME ZONE       # copies this checkout's last commit, installs it
-#   launch/tpu_pod.sh run NAME ZONE --config=configs/pretrain_i1k.py --workdir=/mnt/shared/runs/s16
+#   launch/tpu_pod.sh run NAME ZONE --config=configs/pretrain_i1k.py:S/16,90 \
+#       --workdir=/mnt/shared/runs/s16 --config.data.dir=/mnt/shared/data
 #   launch/tpu_pod.sh stop NAME ZONE        # from elsewhere: the run saves and ends with code 75
 #
 # Data and workdir must be on a file system that all hosts have mounted (Filestore, or a bucket by

@@ -128,6 +128,16 @@ def test_a_folder(photos, tmp_path, capsys):
         rf"{counts.min()} images \({names[counts.argmin()]}\) to {counts.max()} ", out)
 
 
+def test_files_that_end_up_empty(photos, tmp_path):
+    prepare(photos, tmp_path / "out", "--records_per_file=1")
+    folder = tmp_path / "out" / "photos" / "1.0.0"
+    info = json.loads((folder / "dataset_info.json").read_text())
+    assert info["splits"][0]["shardLengths"].count("0") >= 2
+    train, _ = both("photos", tmp_path / "out")
+    assert len([record.image for record in train]) == len(train) > 29
+    assert len(by_name(folder, "train")) == len(train)
+
+
 def test_records_are_mixed(photos, tmp_path):
     prepare(photos, tmp_path / "out")
     labels = both("photos", tmp_path / "out")[0].labels()

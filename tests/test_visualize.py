@@ -16,8 +16,9 @@ from vit_jax.analysis import attention, features
 from vit_jax.analysis.record import record
 from vit_jax.checkpoints.adapt import expected_shapes
 from vit_jax.errors import UserError
+from vit_jax.images import Unreadable
 from vit_jax.main import main as train
-from vit_jax.visualize import TITLES, main, parse_what
+from vit_jax.visualize import TITLES, look, main, parse_what
 
 pytestmark = pytest.mark.core
 TINY = dict(patch_size=4, hidden_size=16, mlp_dim=24, num_heads=2, num_layers=2)
@@ -119,6 +120,21 @@ def test_a_choice_of_figures(workdir, photos, tmp_path, capsys):
     assert page.index("Mean attention distance") < page.index("Similarity of the layers")
     with np.load(tmp_path / "distance.npz") as saved:
         assert saved["distance"].shape == (1, 2, 2)
+
+
+def test_no_more_patches_are_compared_than_fit(workdir, photos, tmp_path, monkeypatch, capsys):
+    """Every second image, where there are twice as many images as examples."""
+    monkeypatch.setattr("vit_jax.visualize._EXAMPLES", 5)
+    loaded = vit_jax.load_model(workdir)
+    files = [str(photos / f"{index}.png") for index in range(10)]
+    view = look(loaded, files, Unreadable())
+    assert view.tokens.shape == (3, 5, 16) and view.distances.shape == (10, 2, 2)
+    images = np.stack([pixels_of(index) for index in range(0, 10, 2)])
+    images = ((images / 255 - MEAN) / STD).astype(np.float32)
+    _, recording = jax.jit(lambda params: record(loaded.model, params, images))(loaded.params)
+    patches = np.asarray(recording.tokens[0])[:, 1:]  # [5, 4, 16], of which one each was taken
+    nearest = np.abs(patches - view.tokens[0][:, None]).max(-1).min(1)
+    assert nearest.max() < 1e-5
 
 
 def test_without_images(workdir, tmp_path, capsys):

@@ -124,7 +124,8 @@ def data_set_name(source: Input, name: str | None) -> str:
 def _check_apart(source: Input, folder: Path) -> None:
     """Refuses to write where the input is read."""
     if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source.where)):
-        raise UserError(f"{folder} is inside --from={source.where}; choose an --out that is not.")
+        raise UserError(f"{folder}, where the data set would go, is inside --from={source.where}; "
+                        "choose another --out or --name.")
 
 
 def _write(preparation: Preparation, files: list[OutputFile], workers: int) -> None:
@@ -185,6 +186,7 @@ class Progress:
         self._lock = threading.Lock()
         self._terminal = sys.stdout.isatty()
         self._start = self._last_line = time.monotonic()
+        self._ended = False
 
     def __enter__(self):
         return self
@@ -202,9 +204,10 @@ class Progress:
         """Prints, if it is time to."""
         now = time.monotonic()
         finished = self._done == self._images
-        if not (self._terminal or finished) and now < self._last_line + _SECONDS_BETWEEN_LINES:
+        waited = self._terminal or now >= self._last_line + _SECONDS_BETWEEN_LINES
+        if self._ended or not (waited or finished):
             return
-        self._last_line = now
+        self._last_line, self._ended = now, finished
         rate = self._done / (now - self._start)
         line = f"{self._done:,}/{self._images:,} images  {rate:,.0f} images/s"
         if rate and not finished:

@@ -137,8 +137,8 @@ def obstacle(name: str, loaded: Loaded, paths: list[str]) -> str:
         return f"position_embedding={model.position_embedding!r} gives patches no learned vector"
     if name == "filters" and model.resnet_stages is not None:
         return "the patches of a hybrid are cut from the features of its ResNet, not from pixels"
-    if name == "similarity" and len(paths) * math.prod(_grid(loaded)) < 4:
-        return "it needs four patches at least"
+    if name == "similarity" and math.prod(_grid(loaded)) < 4:
+        return "it needs images of at least four patches"
     return ""
 
 
@@ -183,6 +183,9 @@ def look(loaded: Loaded, paths: list[str], unreadable: Unreadable) -> View:
     if not files:
         unreadable.check(paths)
     tokens = np.concatenate(rows.pop("tokens"), axis=1)
+    count = tokens.shape[1]
+    if count > _EXAMPLES:  # `chosen` is rounded up, and at least 1
+        tokens = tokens[:, np.arange(_EXAMPLES) * count // _EXAMPLES]
     return View(files, np.stack(images), tokens=tokens,
                 **{name: np.stack(values) for name, values in rows.items()})
 

@@ -18,8 +18,6 @@ from vit_jax.data.preparing.inputs import write_features
 from vit_jax.data.preparing.shards import divide
 from vit_jax.data.records import Record
 
-pytestmark = pytest.mark.core
-
 CLASSES = tuple(f"n{number:08d}" for number in range(21_000))
 
 
@@ -57,6 +55,7 @@ def first_batches(images, config, first_step=0):
     return seconds, peak
 
 
+@pytest.mark.core
 def test_batches_cost_the_same_for_14_thousand_and_14_million_records(tiny_config):
     tiny_config.data.workers = 0
     first_batches(14_000, tiny_config)  # imports

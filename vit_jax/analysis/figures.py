@@ -216,7 +216,7 @@ def _name(axes, name):
     name = "".join(letter if ord(letter) in glyphs else "?" for letter in name)
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME - 8]}…{name[-7:]}"
-    axes.set_title(name, parse_math=False)
+    axes.set_title(name, fontsize=8, parse_math=False)
 
 
 def _count(number, noun):

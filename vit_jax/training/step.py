@@ -65,7 +65,8 @@ def make_train_step(
         mixup, cutmix and random_erasing.
       pixels: what images are normalised with.
       axis_name: pmap's axis, whose devices each hold a part of the batch; None under jit, where
-        the batch is one (sharded) array and the compiler sums over devices.
+        the batch is one (sharded) array and the compiler sums over devices. Under pmap dropout,
+        mixup, CutMix and erasing differ from jit's: each device draws and pairs for itself.
 
     Returns:
       step(state, batch) -> (state, {loss, grad_norm, learning_rate}). The loss is the mean over

@@ -168,10 +168,10 @@ class Preparation:
         writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
         try:
             with _writing(path):
-                for index in self._orders[file.split][file.start:file.stop]:
+                for index in self._orders[file.split][file.start:file.stop].tolist():
                     if stop.is_set():
                         raise Interrupted
-                    record = self._record(file.split, int(index), tally)
+                    record = self._record(file.split, index, tally)
                     if record is not None:
                         writer.write(record)
                         tally.bytes_out += len(record)
