@@ -23,7 +23,8 @@ mkdir -p "$logs"
 port=$(python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
 echo "$count processes of $JAX_NUM_CPU_DEVICES devices; logs of all but the first in $logs" >&2
 
-pids=()
+pids=() stopping=
+trap 'stopping=1; kill -TERM "${pids[@]}" 2>/dev/null' INT TERM
 for ((i = 0; i < count; i++)); do
   flags=(--coordinator="localhost:$port" --num_processes="$count" --process_id="$i")
   if [ "$i" -eq 0 ]; then
@@ -33,7 +34,7 @@ for ((i = 0; i < count; i++)); do
   fi
   pids+=($!)
 done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' INT TERM
+if [ -n "$stopping" ]; then kill -TERM "${pids[@]}" 2>/dev/null; fi  # those started since
 
 code=0 deadline=
 while [ "${#pids[@]}" -gt 0 ]; do

@@ -29,6 +29,14 @@ from fixtures_cifar10 import cifar10_dir  # noqa: E402, F401
 from tiny import make_tiny_config  # noqa: E402
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked slow, unless -m speaks of it."""
+    if "slow" not in config.getoption("-m"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture
 def tiny_config():
     """A config to change and run; see tiny.py."""

@@ -19,6 +19,9 @@ RECIPES = [
     "finetune.py:B/16,vtab:svhn_cropped",
     "finetune.py:H/14,imagenet2012",
     "finetune.py:S/16,folder:/data/my photos",
+    "masked_patches.py:cpu",
+    "masked_patches.py:B/16",
+    "masked_patches.py:R50+B/16,folder:/data/my photos",
     *(f"pretrain_i1k.py:{model},{recipe}"
       for model in _table("pretrain_i1k.py", "AUGREG")
       for recipe in _table("pretrain_i1k.py", "RECIPES")),

@@ -201,10 +201,13 @@ def test_how_a_command_ends(monkeypatch, capsys, raised, code, message):
     assert err.startswith(message) and err.count("\n") == 1
 
 
-def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command"])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as end:
         run_command(lambda arguments: 1 / 0)
+    assert end.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and "ZeroDivisionError: division by zero" in err
     run_command(lambda arguments: None)  # success does not exit
 
 

@@ -121,6 +121,8 @@ def test_json_of_an_older_version_gets_the_new_keys():
     ("data.flip", "YES", True),
     ("data.dir", "/data/my sets,1", "/data/my sets,1"),
     ("data.dir", "none", None),
+    ("model.position_embedding", "none", "none"),  # a choice of that name
+    ("model.position_embedding", "None", None),
     ("data.source", "none", "none"),  # not optional: a text like any other
     ("data.crop_area", "0.1,1", (0.1, 1.0)),
     ("data.crop_area", "(0.1, 1)", (0.1, 1.0)),
@@ -182,7 +184,7 @@ def test_text_that_is_no_such_value(key, text, message):
     ("dtype", "float16", "config.dtype='float16' is not one of 'float32', 'bfloat16'; did you mean "
      "'bfloat16'?"),
     ("optimizer.name", "adamW", "config.optimizer.name='adamW' is not one of 'adamw', 'adam', "
-     "'sgd'; did you mean 'adamw'?"),
+     "'adafactor', 'sgd'; did you mean 'adamw'?"),
     ("model.position_embedding", "learned_3d", "config.model.position_embedding='learned_3d'"),
     ("batch_size", 0, "config.batch_size=0 must be at least 1."),
     ("optimizer.momentum", 1.5, "config.optimizer.momentum=1.5 must be at least 0 and at most 1."),
@@ -358,6 +360,9 @@ def test_no_key_is_dead(tiny_config, tmp_path, monkeypatch):
                       "--config.data.workers=0"])
     main_module.main(["--config=recorded.py", f"--config.init={tmp_path / 'run'}",
                       "--mode=evaluate"])
+    main_module.main(["--config=recorded.py", f"--workdir={tmp_path / 'masked'}",
+                      "--config.task=masked_patches", "--config.probes.every=5",
+                      "--config.probes.shots=1"])
 
     params = {"dense": {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}}
     image, rng = np.zeros((8, 8, 3), np.uint8), np.random.default_rng(0)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import tensorflow_datasets as tfds
 from image_files import encode, photo
 from imagenet_archives import SORTED, TRUTH, WNIDS, image, write_imagenet
 from PIL import Image
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 from tfrecord_files import example, write_tfrecord
 from tiny import __file__ as tiny_file
 
@@ -198,6 +201,19 @@ def test_tfrecords_shrunk(tmp_path):
     assert [record["species"] for record in records] == [0, 1, 0, 1, 0, 0, 1, 0, 1]
 
 
+def test_a_split_without_labels(tmp_path, capsys):
+    """As the test split of TFDS's imagenet2012."""
+    folder = write_tfrecord(tmp_path / "from")
+    with open(folder / "pets-test.tfrecord-00000-of-00001", "wb") as file:
+        writer = RecordWriter(file)
+        for record in range(3):
+            unlabelled = tf_example_pb2.Example.FromString(example("test", 0, record))
+            unlabelled.features.feature["label"].int64_list.value[0] = -1
+            writer.write(unlabelled.SerializeToString())
+    prepare(folder, tmp_path / "out")
+    assert re.search(r"\ntest +3 images .*\n +without labels\n", capsys.readouterr().out)
+
+
 def test_training_on_it_with_the_command_of_the_report(photos, tmp_path, capsys):
     prepare(photos, tmp_path / "out with space")
     line = capsys.readouterr().out.splitlines()[-1]
@@ -206,7 +222,8 @@ def test_training_on_it_with_the_command_of_the_report(photos, tmp_path, capsys)
     arguments = [argument.replace("RECIPE.py", tiny_file).replace("DIR", str(tmp_path / "run"))
                  if argument.startswith(("--config=", "--workdir=")) else argument
                  for argument in arguments[3:]]
-    train([*arguments, "--config.total_steps=2", "--config.eval_every=0"])
+    train([*arguments, "--config.total_steps=1", "--config.eval_every=0",
+           "--config.model.num_layers=1"])
     assert capsys.readouterr().out.splitlines()[-1].endswith("eval/images=4")
 
 
@@ -266,14 +283,15 @@ def test_killed_at_any_moment(many, tmp_path):
     assert contents(tmp_path) == expected
 
 
-def test_terminated(many, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_stopped(many, tmp_path, number, code):
     flags, expected = many
     process = command(*flags, f"--out={tmp_path}", "--workers=2")
     wait_for(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, stderr = process.communicate()
-    assert process.returncode == 75
-    assert stderr == ("Stopped by SIGTERM; complete files are kept, and the same command "
+    assert process.returncode == code
+    assert stderr == (f"Stopped by {number.name}; complete files are kept, and the same command "
                       "continues.\n")
     folder = tmp_path / "many" / "1.0.0"
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -355,10 +373,13 @@ def test_mistakes(photos, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_are_sentences(tmp_path):
-    process = command(f"--from={tmp_path / 'nowhere'}", f"--out={tmp_path}")
-    assert process.communicate()[1] == f"error: --from={tmp_path / 'nowhere'} does not exist.\n"
-    assert process.returncode == 1
+def test_mistakes_are_sentences(tmp_path, monkeypatch, capsys):
+    nowhere = tmp_path / "nowhere"
+    monkeypatch.setattr(sys, "argv", ["prepare", f"--from={nowhere}", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "vit_jax" / "prepare.py"), run_name="__main__")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"error: --from={nowhere} does not exist.\n"
 
 
 def test_the_manifest_holds_nothing_that_differs_between_machines(photos, tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 
 import ml_collections
 
+from vit_jax.buckets import refuse_bucket
 from vit_jax.config import FIELDS, from_json, parse_value, set_value
 from vit_jax.errors import UserError
 
@@ -79,7 +80,8 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
-        """Parses all arguments; an unknown one is an error that names the nearest flag."""
+        """Parses all arguments; an unknown one is an error that names the nearest flag, and so is
+        the address of a bucket."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         names = [argument.split("=")[0] for argument in arguments]
         # Before argparse, which would rather say that the flag that was meant is missing.
@@ -92,6 +94,11 @@ class ArgumentParser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             self.error(f"unknown argument {unknown[0]!r}")
+        for action in self._actions:
+            value = getattr(known, action.dest, None)
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, (str, Path)):
+                    refuse_bucket((action.option_strings or [action.metavar])[-1], str(path))
         return known
 
 
@@ -118,11 +125,20 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def load_config(argument: str) -> ml_collections.ConfigDict:
-    """Runs `get_config` of `FILE.py` or `FILE.py:ARGS`; ARGS is passed as one string.
+    """Runs `get_config` of `FILE.py` or `FILE.py:ARGS`; see `call_in_file`. An unknown key or a
+    wrong value is a UserError too."""
+    return call_in_file(argument, "get_config", ml_collections.ConfigDict, from_json)
+
+
+def call_in_file(
+    argument: str, name: str, kind: type, convert: Callable[[Any], Any] = lambda result: result
+) -> Any:
+    """Runs the function `name` of `FILE.py` or `FILE.py:ARGS` and returns what it returns, through
+    `convert`; ARGS is passed as one string.
 
     Raises:
-      UserError: no such file, no get_config, a key or value that cannot be, or the file's own
-        error with its line.
+      UserError: no such file or function, a result that is no `kind`, or the file's own error with
+        its line.
     """
     # The first '.py:' separates, so that arguments and Windows drives may hold colons.
     path, separator, config_argument = argument.partition(".py:")
@@ -131,14 +147,15 @@ def load_config(argument: str) -> ml_collections.ConfigDict:
         raise UserError(f"There is no config file {str(file)!r}{_nearest_file(file)}")
     try:
         module = runpy.run_path(str(file))
-        if "get_config" not in module:
-            raise UserError("it defines no get_config() that returns a config.")
+        if name not in module:
+            what = name.removeprefix("get_")
+            raise UserError(f"it defines no {name}() that returns a {what}.")
         arguments = (config_argument,) if separator else ()
-        _check_call(module["get_config"], arguments, file)
-        config = module["get_config"](*arguments)
-        if not isinstance(config, ml_collections.ConfigDict):
-            raise UserError(f"get_config() returned {type(config).__name__}, not a ConfigDict.")
-        return from_json(config)
+        _check_call(module[name], arguments, file)
+        result = module[name](*arguments)
+        if not isinstance(result, kind):
+            raise UserError(f"{name}() returned {type(result).__name__}, not a {kind.__name__}.")
+        return convert(result)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except Exception as error:  # the user's own code: any error of it is a mistake in that file
@@ -148,15 +165,15 @@ def load_config(argument: str) -> ml_collections.ConfigDict:
         raise UserError(f"{file}{line}: {type(error).__name__}: {what}") from error
 
 
-def _check_call(get_config, arguments, file):
-    signature = inspect.signature(get_config)
+def _check_call(function, arguments, file):
+    signature = inspect.signature(function)
     try:
         signature.bind(*arguments)
     except TypeError:
         given = f"the arguments {arguments[0]!r}" if arguments else "no arguments"
         right = f"{file}" if arguments else f"{file}:ARGS"
         raise UserError(
-            f"get_config{signature} cannot be called with {given}; write --config={right}."
+            f"{function.__name__}{signature} cannot be called with {given}; write --config={right}."
         ) from None
 
 
@@ -187,6 +204,19 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
 def weights_options(flags: argparse.Namespace) -> dict[str, Any]:
     """What these flags mean to `load_model`."""
     return {"checkpoint": "best" if flags.best else "last", "ema": flags.ema}
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`--shard`: '2/8' to (2, 8).
+
+    Raises:
+      UserError: anything else, or a part that does not exist.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UserError(f"--shard={text} is not I/N, a part from 0 to N - 1 and the number of "
+                        "parts: the parts of two are 0/2 and 1/2.")
+    return int(match[1]), int(match[2])
 
 
 def parse_image_size(text: str) -> tuple[int, int]:

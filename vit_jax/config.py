@@ -14,8 +14,10 @@ import ml_collections
 
 from vit_jax.checkpoints.resize import POSITION_MODES
 from vit_jax.errors import UserError, did_you_mean
+from vit_jax.models.masked import TARGETS
 from vit_jax.models.variants import CHOICES as MODEL_CHOICES
 from vit_jax.models.variants import canonical_name
+from vit_jax.probes import PROBES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,9 @@ def _model(type_, help_, **kwargs):
 FIELDS: dict[str, Field] = {
     "seed": Field(0, int, "of everything random: initialisation, data order, augmentation, dropout",
                   minimum=0),
+    "task": Field("classification", str, "what is learned: the classes, or without them what "
+                  "masked patches look like (self-supervision, the paper's appendix B.1.2)",
+                  choices=("classification", "masked_patches")),
     "total_steps": Field(None, int, "optimizer updates; give this or epochs", optional=True,
                          minimum=1),
     "epochs": Field(None, float, "passes over the training data; give this or total_steps",
@@ -83,12 +88,17 @@ FIELDS: dict[str, Field] = {
     "model.mlp_dim": _model(int, "hidden width of the MLP", minimum=1),
     "model.num_heads": _model(int, "attention heads", minimum=1),
     "model.num_layers": _model(int, "Transformer blocks", minimum=1),
+    "model.stages": _model(tuple, "bottlenecks per stage of a convolutional baseline", item=int,
+                           minimum=1),
     "model.classifier": _model(str, "what the head reads: the class token, or the patches' mean",
                                choices=("token", "gap")),
     "model.representation_size": _model(int, "width of a tanh layer before the head", minimum=1),
     "model.head_bias_init": _model(float, "initial bias of the head"),
     "model.position_embedding": _model(str, "kind of position embedding",
                                        choices=MODEL_CHOICES["position_embedding"]),
+    "model.position_embedding_at": _model(
+        str, "where it is added: once, in every layer, or the same one in every layer",
+        choices=MODEL_CHOICES["position_embedding_at"]),
     "model.dropout_rate": _model(float, "dropout after every dense layer but q, k, v",
                                  minimum=0, maximum=0.99),
     "model.attention_dropout_rate": _model(float, "dropout of attention weights",
@@ -152,6 +162,21 @@ FIELDS: dict[str, Field] = {
     "data.max_pixels": Field(100_000_000, int, "largest image that is decoded, in pixels",
                              minimum=1),
     #
+    "masked.target": Field("mean_color", str, "predicted of every corrupted patch: its mean colour "
+                           "in 3 bits a channel, that of its 4x4 cells, or all pixels",
+                           choices=TARGETS),
+    "masked.rate": Field(0.5, float, "share of the patches that are corrupted", minimum=0.01,
+                         maximum=1),
+    #
+    "probes.every": Field(0, int, "steps between probes of the features, and at the end; 0: none",
+                          minimum=0),
+    "probes.names": Field(("fewshot",), tuple, "which: fewshot, knn, linear (the last two read the "
+                          "whole training split)", item=str, choices=PROBES),
+    "probes.shots": Field((1, 5, 10, 25), tuple, "images per class of the few-shot probe", item=int,
+                          minimum=1),
+    "probes.source": Field(None, str, "as data.source, with its own splits; None: the run's data",
+                           optional=True),
+    #
     "loss.name": Field("softmax", str, "cross-entropy over classes, or of every class for itself",
                        choices=("softmax", "sigmoid")),
     "loss.label_smoothing": Field(0.0, float, "probability spread evenly over all classes",
@@ -191,7 +216,7 @@ FIELDS: dict[str, Field] = {
 RESUMABLE = (
     "data.workers", "data.dir", "mesh.data", "mesh.fsdp", "mesh.tensor", "parallelism",
     "log_every", "eval_every", "checkpoint_every", "eval_batch_size", "total_steps", "epochs",
-    "profile_steps",
+    "profile_steps", "probes.every", "probes.names", "probes.shots", "probes.source",
 )  # fmt: skip
 
 
@@ -255,13 +280,14 @@ def set_value(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
 
 
 def parse_value(path: str, text: str) -> Any:
-    """Reads a command line's text as the type of key `path`; `1e3` is an integer, `none` is None.
+    """Reads a command line's text as the type of key `path`; `1e3` is an integer, `none` is None
+    (but for keys that have a choice of that name, which only `None` resets).
 
     Raises:
       UserError: unknown key, or text that is no such value.
     """
     field = _field(path)
-    if field.optional and text.strip().lower() == "none":
+    if field.optional and text.strip().lower() == "none" and text not in field.choices:
         return None
     if field.type is tuple or (field.length and "," in text):
         if field.item is not str or text.strip() in ("()", "[]"):  # a regex keeps its brackets
@@ -270,6 +296,13 @@ def parse_value(path: str, text: str) -> Any:
         return check_value(
             path, tuple(_parse_scalar(path, field.item, part) for part in parts if part))
     return check_value(path, _parse_scalar(path, field.type, text))
+
+
+def format_value(value: Any) -> str:
+    """What `parse_value` reads as this value."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(format_value, value)) or "()"
+    return str(value)
 
 
 def _parse_scalar(path, type_, text):
@@ -384,6 +417,14 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             f"config.batch_size={config.batch_size} is not divisible by "
             f"config.accumulation_steps={config.accumulation_steps}."
         )
+    if config.task == "masked_patches":
+        if config.init:
+            raise UserError("config.task='masked_patches' starts from random weights; config.init "
+                            "is for fine-tuning what comes out of it.")
+        for key in ("mixup", "cutmix", "random_erasing"):
+            if config.data[key]:
+                raise UserError(f"config.data.{key}={config.data[key]} changes the colours that "
+                                "config.task='masked_patches' predicts; set it to 0.")
     if config.mesh.data == 0:
         raise UserError("config.mesh.data=0 must be -1 (all devices that are left) or at least 1.")
     for key in ("crop_area", "crop_aspect"):

@@ -1,6 +1,5 @@
 """Exact evaluation: every image of the split counts once, on any number of devices."""
 
-import collections
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -15,43 +14,33 @@ from jax.sharding import Mesh
 
 from vit_jax import config as config_lib
 from vit_jax.checkpoints.load import Contents, fit, read
-from vit_jax.data.pipeline import BadImages, eval_batches
+from vit_jax.data.pipeline import BadImages
 from vit_jax.data.sources import Source, open_eval
 from vit_jax.errors import UserError
-from vit_jax.training import parallel, partition
+from vit_jax.models.masked import MaskedPatchModel
+from vit_jax.per_image import make_per_image
+from vit_jax.training import masked_patches, partition
 from vit_jax.training.step import Pixels, make_eval_step
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Scores:
     """What a model does on a split of N images, padding and skipped images left out."""
 
-    labels: np.ndarray  # int32 [N]
-    predictions: np.ndarray  # int32 [N]
     losses: np.ndarray  # float64 [N]
-    in_top5: np.ndarray  # bool [N]
-    num_classes: int
+    accuracy: float
 
     @property
     def images(self) -> int:
         """Images that were evaluated, N."""
-        return len(self.labels)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images whose most likely class is right."""
-        return float(np.mean(self.predictions == self.labels))
+        return len(self.losses)
 
     def scalars(self, prefix: str = "eval") -> dict[str, float]:
-        """Accuracy, loss, count; the top-5 accuracy where there are more than five classes."""
-        result = {
+        """Accuracy, loss, count."""
+        return {
             f"{prefix}/accuracy": self.accuracy,
             f"{prefix}/loss": float(np.mean(self.losses)),
             f"{prefix}/images": self.images,
         }
-        if self.num_classes > 5:
-            result[f"{prefix}/top5_accuracy"] = float(np.mean(self.in_top5))
-        return result
 
     def __str__(self) -> str:
         return "  ".join(
@@ -63,6 +52,42 @@ class Evaluation:
         return f"eval/accuracy={self.accuracy:.4f} eval/images={self.images}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Scores):
+    """Of a classifier."""
+
+    labels: np.ndarray  # int32 [N]
+    predictions: np.ndarray  # int32 [N]
+    losses: np.ndarray  # float64 [N]
+    in_top5: np.ndarray  # bool [N]
+    num_classes: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose most likely class is right."""
+        return float(np.mean(self.predictions == self.labels))
+
+    def scalars(self, prefix: str = "eval") -> dict[str, float]:
+        """The same, and the top-5 accuracy where there are more than five classes."""
+        result = super().scalars(prefix)
+        if self.num_classes > 5:
+            result[f"{prefix}/top5_accuracy"] = float(np.mean(self.in_top5))
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedEvaluation(Scores):
+    """Of a model that predicts masked patches."""
+
+    losses: np.ndarray  # float64 [N]
+    right: np.ndarray  # float32 [N]: share of an image's corrupted patches
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the corrupted patches whose 3-bit mean colour is right."""
+        return float(np.mean(self.right, dtype=np.float64))
+
+
 def make_evaluator(
     model: nn.Module,
     config: ml_collections.ConfigDict,
@@ -70,45 +95,30 @@ def make_evaluator(
     source: Source,
     bad_images: BadImages,
     pixels: Pixels = Pixels(),  # noqa: B008
-) -> Callable[[Any], Evaluation]:
-    """Returns evaluate(params) -> Evaluation on all images of the source.
+) -> Callable[[Any], Scores]:
+    """Returns evaluate(params) -> Evaluation (MaskedEvaluation of a masked patch model) on all
+    images of the source.
 
     Results are kept per image and averaged in float64 on the host, so neither the batch size nor
     the number of devices enters.
     """
-    size = config_lib.image_size(config)
-    shards = partition.batch_shards(mesh)
-    # Any size works: the batch is rounded up to the devices, the surplus masked.
-    batch_size = -(-(config.eval_batch_size or config.batch_size) // shards) * shards
-    step = parallel.compile_eval_step(make_eval_step(model, config, pixels), mesh, batch_size)
-    share = parallel.process_rows(mesh, batch_size)
+    masked = isinstance(model, MaskedPatchModel)
+    if masked:
+        step = masked_patches.make_eval_step(model, config.masked.rate, config.seed, pixels)
+    else:
+        step = make_eval_step(model, config, pixels)
+    per_image = make_per_image(step, config, mesh, bad_images)
 
     def evaluate(params):
-        rows = collections.defaultdict(list)
-        waiting: collections.deque = collections.deque()
-
-        def collect():
-            outputs = jax.device_get(waiting.popleft())
-            mask = outputs.pop("mask")
-            for key, values in outputs.items():
-                rows[key].append(values[mask])
-
-        for batch in eval_batches(
-                source, config, size, bad_images, batch_size=batch_size, rows=share):
-            waiting.append(step(params, batch))
-            if len(waiting) > 1:  # one batch computes while the next is decoded
-                collect()
-        while waiting:
-            collect()
-
-        joined = {key: np.concatenate(values) for key, values in rows.items()}
-        if not len(joined["label"]):
-            raise UserError(f"{source.name} has no image that can be evaluated.")
+        rows = per_image(params, source)
+        losses = rows["loss"].astype(np.float64)
+        if masked:
+            return MaskedEvaluation(losses, rows["accuracy"])
         return Evaluation(
-            labels=joined["label"],
-            predictions=joined["prediction"],
-            losses=joined["loss"].astype(np.float64),
-            in_top5=joined["in_top5"],
+            labels=rows["label"],
+            predictions=rows["prediction"],
+            losses=losses,
+            in_top5=rows["in_top5"],
             num_classes=len(source.class_names),
         )
 
@@ -134,6 +144,12 @@ def evaluate_checkpoint(
     source = open_eval(
         config.data.source, dir=config.data.dir, eval_split=config.data.eval_split,
         image_size=size)
+    if config.task == "masked_patches":
+        raise UserError(
+            f"{contents.report.source} was trained to predict masked patches and has no classes to "
+            "evaluate; probe its features with python -m vit_jax.probe, or fine-tune it with "
+            "--config.init."
+        )
     known = contents.class_names
     if (known or source.class_names) != source.class_names or (
             contents.fields["num_classes"] != len(source.class_names)):

@@ -1,6 +1,7 @@
 """Train or evaluate: python -m vit_jax.main --config=FILE.py[:ARGS] --workdir=DIR
 [--config.key=value ...]"""
 
+import re
 from pathlib import Path
 
 import jax
@@ -66,7 +67,10 @@ def main(arguments: list[str]) -> None:
             evaluation = evaluate_checkpoint(
                 settings, workdir or settings.init, flags.checkpoint, flags.ema)
             print(evaluation.final_line(), flush=True)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # Some failures of a collective arrive as ValueError, with the runtime's status in front.
+        if isinstance(error, ValueError) and not re.match(r"[A-Z_]+: ", str(error)):
+            raise
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             if jax.process_count() == 1:
                 raise

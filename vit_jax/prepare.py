@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from vit_jax import cli
-from vit_jax.data.buckets import refuse_bucket
 from vit_jax.data.preparing.forms import open_input
 from vit_jax.data.preparing.inputs import Input
 from vit_jax.data.preparing.shards import Options, OutputFile, Preparation, Tally
@@ -23,6 +22,7 @@ from vit_jax.training.metrics import format_seconds
 
 _SHOWN = 10  # of the files left out; the rest is in bad_files.txt
 _SECONDS_BETWEEN_LINES = 10
+_BAR = 20  # characters
 
 
 def main(arguments: list[str]) -> None:
@@ -54,18 +54,17 @@ def main(arguments: list[str]) -> None:
                         help="write the I-th of N parts, I from 0; whichever of the N commands "
                         "ends last completes the data set")
     parser.add_argument("--records_per_file", metavar="R", type=int,
-                        help="default: 4096, or what makes 512 files of a split")
+                        help="default: 128 to 4096, or what makes 512 files of a split")
     flags = parser.parse(arguments)
     for name, value in (("from", flags.source), ("out", flags.out)):
         if value is None:
             raise UserError(f"--{name}= is missing (see --help).")
-        refuse_bucket(f"--{name}", str(value))
     for name in ("resize", "workers", "records_per_file"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)} must be at least 1.")
     if not 1 <= flags.quality <= 100:
         raise UserError(f"--quality={flags.quality} must be from 1 to 100.")
-    part, parts = parse_shard(flags.shard)
+    part, parts = cli.parse_shard(flags.shard)
 
     print(f"Listing {flags.source} ...", flush=True)
     source = open_input(flags.source)
@@ -87,19 +86,6 @@ def main(arguments: list[str]) -> None:
         return
     preparation.finish(tallies)
     print(report(preparation, tallies))
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """'2/8' to (2, 8).
-
-    Raises:
-      UserError: anything else, or a part that does not exist.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise UserError(f"--shard={text} is not I/N, a part from 0 to N - 1 and the number of "
-                        "parts: the parts of two are 0/2 and 1/2.")
-    return int(match[1]), int(match[2])
 
 
 def data_set_name(source: Input, name: str | None) -> str:
@@ -140,7 +126,7 @@ def _write(preparation: Preparation, files: list[OutputFile], workers: int) -> N
     # Threads: decoding, shrinking and writing release the interpreter. What is left to it is
     # 0.03 ms of about 1 ms an image (0.2 of 4 with --resize), enough for some 20 cores.
     pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="prepare")
-    with _sigterm_raises(), progress:
+    with _signals_raise(), progress:
         try:
             running = {pool.submit(preparation.write, file, stop, progress.advance)
                        for file in pending}
@@ -156,24 +142,28 @@ def _write(preparation: Preparation, files: list[OutputFile], workers: int) -> N
 
 
 class _Stopped(cli.Stopped):
-    def __init__(self):
-        super().__init__(signal.SIGTERM, 0)
-        self.args = ("Stopped by SIGTERM; complete files are kept, and the same command "
+    def __init__(self, number):
+        super().__init__(number, 0)
+        self.args = (f"Stopped by {number.name}; complete files are kept, and the same command "
                      "continues.",)
 
 
 @contextlib.contextmanager
-def _sigterm_raises():
-    """Inside, SIGTERM ends the main thread's work as an exception."""
+def _signals_raise():
+    """Inside, the first SIGTERM or SIGINT ends the main thread's work as an exception."""
     def stop(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Stopped
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Stopped(signal.Signals(number))
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -212,8 +202,11 @@ class Progress:
         line = f"{self._done:,}/{self._images:,} images  {rate:,.0f} images/s"
         if rate and not finished:
             line += f"  {format_seconds((self._images - self._done) / rate)} left"
-        print(f"\r\033[K{line}" if self._terminal else line, flush=True,
-              end="" if self._terminal else "\n")
+        if self._terminal:
+            bar = "#" * (_BAR * self._done // self._images)
+            print(f"\r\033[K[{bar:<{_BAR}}] {line}", end="", flush=True)
+        else:
+            print(line, flush=True)
 
 
 def report(preparation: Preparation, tallies: dict[OutputFile, Tally]) -> str:
@@ -233,7 +226,8 @@ def report(preparation: Preparation, tallies: dict[OutputFile, Tally]) -> str:
             {label: part.labels[label] for label in range(len(source.class_names))})
         (most, largest), (fewest, smallest) = counts.most_common()[0], counts.most_common()[-1]
         lines.append(f"{'':<11} {len(source.class_names):,} classes, from {smallest:,} images "
-                     f"({source.class_names[fewest]}) to {largest:,} ({source.class_names[most]})")
+                     f"({source.class_names[fewest]}) to {largest:,} ({source.class_names[most]})"
+                     if largest else f"{'':<11} without labels")
     if total.bad:
         lines.append(f"Left out    {len(total.bad):,} files that are no usable images; all are in "
                      f"{preparation.folder / 'bad_files.txt'}:")

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from vit_jax.evaluate import Evaluation
+from vit_jax.evaluate import Evaluation, Scores
 from vit_jax.training.metrics import read_metrics
 
 _FONT = "DejaVu Sans"  # comes with matplotlib
@@ -17,11 +17,11 @@ _MAX_NAME = 24  # characters; longer names would leave no room for the figure
 
 def write_report(
     workdir: Path,
-    evaluation: Evaluation,
+    evaluation: Scores,
     class_names: tuple[str, ...],
     train_labels: np.ndarray | None,
 ) -> Path:
-    """Writes `curves.png`, `classes.png` and `confusion.png`.
+    """Writes `curves.png`, and of a classifier `classes.png` and `confusion.png`.
 
     Args:
       workdir: holds metrics.jsonl; the figures go to its `report/`.
@@ -36,11 +36,10 @@ def write_report(
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False,
                                 "figure.dpi": 150, "font.size": 9, "font.family": _FONT}):
-        figures = {
-            "curves": _curves(read_metrics(workdir / "metrics.jsonl")),
-            "classes": _classes(evaluation, class_names, train_labels),
-            "confusion": _confusion(evaluation, class_names),
-        }
+        figures = {"curves": _curves(read_metrics(workdir / "metrics.jsonl"))}
+        if isinstance(evaluation, Evaluation):
+            figures["classes"] = _classes(evaluation, class_names, train_labels)
+            figures["confusion"] = _confusion(evaluation, class_names)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png")
     return folder

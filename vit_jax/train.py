@@ -15,17 +15,19 @@ from vit_jax.data.sources import open_splits
 from vit_jax.devices import find as find_device
 from vit_jax.errors import UserError
 from vit_jax.evaluate import make_evaluator, pixel_statistics
+from vit_jax.models.masked import MaskedPatchModel
 from vit_jax.models.summary import format_summary, summarize
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.probes.evaluator import make_probes
 from vit_jax.report import write_report
-from vit_jax.training import distributed, parallel, partition
+from vit_jax.training import distributed, masked_patches, parallel, partition
 from vit_jax.training import workdir as workdir_lib
 from vit_jax.training.checkpoint import BEST, Checkpoints, check_same_data, describe_run
 from vit_jax.training.metrics import MetricsLog, Progress
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.profile import ProfileWindow
 from vit_jax.training.state import build_model, make_init, params_shapes
-from vit_jax.training.step import make_train_step
+from vit_jax.training.step import make_loss_sum, make_train_step
 from vit_jax.training.stop import StopSignal
 
 _STEPS_IN_FLIGHT = 2  # how far Python may run ahead of the devices
@@ -91,11 +93,21 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
             print(start.report)
     del start_params
 
+    if isinstance(model, MaskedPatchModel):
+        loss_sum = masked_patches.make_loss_sum(model, config.masked.rate, pixels)
+    else:
+        loss_sum = make_loss_sum(model, config, pixels)
     train_step = parallel.compile_train_step(
         lambda axis_name: make_train_step(
-            model, optimizer, schedule, config, pixels=pixels, axis_name=axis_name),
+            loss_sum, optimizer, schedule, config, axis_name=axis_name),
         config, mesh, shardings)
     evaluate = make_evaluator(model, config, mesh, eval_source, bad_images, pixels)
+    probe = None
+    if config.probes.every:
+        probe = make_probes(
+            getattr(model, "backbone", model), config, mesh,
+            *_probe_sources(config, size, train_source, eval_source), bad_images, pixels,
+            names=config.probes.names, shots=config.probes.shots)
     batches = train_batches(
         train_source, config, size, bad_images, first_step=first_step,
         rows=parallel.process_rows(mesh, config.batch_size))
@@ -152,6 +164,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
                 if averaged:
                     progress.say(f"averaged weights  {averaged}")
 
+            if probe and (last or step % config.probes.every == 0):
+                with progress.paused():
+                    probed = probe(state.params).scalars()
+                log.write(step, probed)
+                progress.say("  ".join(f"{key} {value:.4f}" for key, value in probed.items()))
+
             is_best = scalars is not None and scalars[BEST] > best
             due = config.checkpoint_every and step % config.checkpoint_every == 0
             if last or is_best or due:
@@ -176,6 +194,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
         print(f"Finished {total_steps} steps; best accuracy {max(best, evaluation.accuracy):.4f}. "
               f"Figures are in {folder}, checkpoints and metrics beside it.")
     print(evaluation.final_line(), flush=True)
+
+
+def _probe_sources(config, size, train_source, eval_source):
+    if config.probes.source is None:
+        return train_source, eval_source
+    return open_splits(config.probes.source, dir=config.data.dir, train_split=None,
+                       eval_split=None, image_size=size)
 
 
 def check_finite(unchecked: list, workdir: Path, checkpoints: Checkpoints) -> None:
@@ -203,7 +228,7 @@ def describe(config, mesh, model, train_source, eval_source, total_steps) -> lis
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     attention = []
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer) and device.platform == "gpu":  # elsewhere no choice
         kernel, reason = model.attention_kernel(config_lib.image_size(config), train=True)
         attention = [f"Attention {kernel}" + (f" ({reason})" if reason else "")]
     return [

@@ -134,6 +134,8 @@ def obstacle(name: str, loaded: Loaded, paths: list[str]) -> str:
     if name in _OF_IMAGES and not paths:
         return "it needs images"
     if name == "positions" and features.position_vectors(loaded.params, _grid(loaded)) is None:
+        if model.position_embedding_at == "every_layer":
+            return "every layer has a position embedding of its own"
         return f"position_embedding={model.position_embedding!r} gives patches no learned vector"
     if name == "filters" and model.resnet_stages is not None:
         return "the patches of a hybrid are cut from the features of its ResNet, not from pixels"

@@ -353,6 +353,8 @@ def test_timm_has_these_names(torch):
     ("hf", dict(representation_size=8), "representation layer"),
     ("timm", dict(position_embedding="relative"), "position embeddings are relative"),
     ("npz", dict(position_embedding="relative"), "position embeddings are relative"),
+    *((target, dict(position_embedding_at=place), "adds position embeddings in every layer")
+      for target, place in (("npz", "every_layer_shared"), ("timm", "every_layer"))),
     ("timm", dict(classifier="unpooled"), "logits of every patch"),
     ("npz", dict(classifier="token_unpooled"), "logits of every patch"),
     ("hf", dict(classifier="gap"), "no class token"),

@@ -15,6 +15,8 @@ from checkpoint_makers import apply, flat, google_npz, pixels, random_params, ti
 from tiny import __file__ as tiny_file
 
 import vit_jax
+from vit_jax.checkpoints.adapt import adapt
+from vit_jax.checkpoints.report import LoadReport
 from vit_jax.checkpoints.resize import POSITION_MODES, resize_position_embedding
 from vit_jax.errors import UserError
 from vit_jax.main import main
@@ -134,6 +136,19 @@ def test_image_size(path, params, mode, size):
     assert loaded.report.resized == [
         (POSITIONS, old.shape, expected.shape, f"position embedding, {mode}")]
     account(loaded, path)
+
+
+def test_image_size_with_positions_in_every_layer():
+    """The table of every block is resized by itself."""
+    model = tiny(position_embedding_at="every_layer")
+    params = flat(random_params(model, 16, 16))
+    report = LoadReport("", "vit_jax")
+    fitted = adapt(params, model, (24, 8), old_grid=(4, 4), report=report)
+    names = [f"Transformer/encoderblock_{i}/posembed_input/pos_embedding" for i in range(2)]
+    for name in names:
+        np.testing.assert_array_equal(fitted[name], resize_position_embedding(
+            params[name], old_grid=(4, 4), new_grid=(6, 2), prefix=1, mode="corner_aligned"))
+    assert [entry[0] for entry in report.resized] == names
 
 
 def test_another_shape_of_as_many_patches(path):

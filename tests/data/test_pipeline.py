@@ -180,9 +180,8 @@ def test_processes_share_a_batch(config, processes):
     config.batch_size, config.data.train_crop, config.data.flip = 12, "inception", True
     source = Numbered(40)
     whole = take(config, source, 5, first_step=7)
-    shares = [
-        take(config, source, 5, first_step=7, rows=range(12)[12 * p // processes:][:12 // processes])
-        for p in range(processes)]
+    rows = [range(12)[12 * p // processes:][:12 // processes] for p in range(processes)]
+    shares = [take(config, source, 5, first_step=7, rows=share) for share in rows]
     joined = [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*shares, strict=True)]

@@ -49,6 +49,25 @@ def test_layouts_and_remat_compute_the_same(scan_layers, remat, loop):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("place", ["every_layer", "every_layer_shared"])
+@pytest.mark.parametrize("scan_layers, remat", [(True, "none"), (False, "full"), (True, "names")])
+def test_positions_in_every_layer_are_the_same_in_all_layouts(place, scan_layers, remat):
+    images = pixels()
+    plain = tiny(position_embedding_at=place)
+    params = random_params(plain, 8, 8)
+    logits, gradients = loss_and_gradients(plain, params, images)
+    model = tiny(position_embedding_at=place, scan_layers=scan_layers, remat=remat)
+    given = stack_blocks(params) if scan_layers else params
+    got_logits, got_gradients = loss_and_gradients(model, given, images)
+    if scan_layers:
+        got_gradients = unstack_blocks(got_gradients)
+    np.testing.assert_allclose(got_logits, logits, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        got_gradients, gradients,
+    )  # fmt: skip
+
+
 def test_remat_recomputes_what_it_says():
     """Counted in the matrix products of the gradient of two blocks."""
     images = pixels()

@@ -151,6 +151,13 @@ def test_parameter_tree_of_hybrids_is_googles(name, stages, sizes, kernel, leave
             dict(position_embedding="sincos_2d"), {}, ["Transformer/posembed_input/pos_embedding"],
         ),
         (dict(position_embedding="none"), {}, ["Transformer/posembed_input/pos_embedding"]),
+        (
+            dict(position_embedding_at="every_layer"),
+            {f"Transformer/encoderblock_{i}/posembed_input/pos_embedding": (1, 7, 16)
+             for i in range(2)},
+            ["Transformer/posembed_input/pos_embedding"],
+        ),
+        (dict(position_embedding_at="every_layer_shared"), {}, []),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -373,6 +380,74 @@ def test_only_none_is_blind_to_order(kind):
     assert (change < 1e-5) if kind == "none" else (change > 1e-3)
 
 
+@pytest.mark.parametrize("kind", ["learned_1d", "learned_2d"])
+def test_positions_of_every_layer(kind):
+    """The tables one by one: that of the first block acts as one at the stem does, that of another
+    block on what comes into that block."""
+    images = pixels()
+    stem, every = (tiny(position_embedding=kind, position_embedding_at=place, num_classes=0)
+                   for place in ("stem", "every_layer"))
+    params = random_params(stem, 8, 8)
+    table = params["Transformer"]["posembed_input"]
+    zeros = jax.tree.map(np.zeros_like, table)
+
+    def with_tables(*tables):
+        inside = {name: tree for name, tree in params["Transformer"].items()
+                  if name != "posembed_input"}
+        for i, positions in enumerate(tables):
+            inside[f"encoderblock_{i}"] = inside[f"encoderblock_{i}"] | {
+                "posembed_input": positions}
+        return params | {"Transformer": inside}
+
+    np.testing.assert_allclose(
+        apply(every, with_tables(table, zeros), images), apply(stem, params, images), atol=1e-5)
+
+    def tokens(params):
+        _, state = every.apply({"params": params}, images, train=False, mutable=["intermediates"])
+        inside = state["intermediates"]["Transformer"]
+        return [inside[f"encoderblock_{i}"]["tokens"][0] for i in range(2)]
+
+    between, after = tokens(with_tables(zeros, table))
+    positioned = AddPositionEmbs(kind).apply({"params": table}, between, grid=(2, 2))
+    second = Encoder1DBlock(mlp_dim=24, num_heads=2)
+    weights = {"params": params["Transformer"]["encoderblock_1"]}
+    np.testing.assert_allclose(
+        second.apply(weights, positioned, train=False), after, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["learned_1d", "learned_2d", "sincos_2d"])
+def test_shared_positions_are_equal_tables_in_every_layer(kind):
+    images = pixels()
+    shared = tiny(position_embedding=kind, position_embedding_at="every_layer_shared")
+    params = random_params(shared, 8, 8)
+    inside = dict(params["Transformer"])
+    if kind == "sincos_2d":  # has no table: the same values as a learned one
+        table = {"pos_embedding": np.pad(sincos_2d(2, 2, 16), ((1, 0), (0, 0)))[None]}
+    else:
+        table = inside.pop("posembed_input")
+    for i in range(2):
+        inside[f"encoderblock_{i}"] = inside[f"encoderblock_{i}"] | {"posembed_input": table}
+    every = tiny(position_embedding="learned_1d" if kind == "sincos_2d" else kind,
+                 position_embedding_at="every_layer")
+    np.testing.assert_allclose(
+        apply(shared, params, images),
+        apply(every, params | {"Transformer": inside}, images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(position_embedding="none"), "there is no position embedding"),
+        (dict(position_embedding="relative"), "in the attention of every layer already"),
+        (dict(position_embedding="sincos_2d"), "same in every layer; use 'every_layer_shared'"),
+        (dict(register_tokens=1), "register tokens, which have no position.*use 'stem'"),
+    ],
+)
+def test_places_that_positions_cannot_have_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"position_embedding_at='every_layer' .*{message}"):
+        shapes(tiny(position_embedding_at="every_layer", **options), 8, 8)
+
+
 # --- Refusals --------------------------------------------------------------------------------
 
 
@@ -392,9 +467,19 @@ def test_sizes_that_do_not_divide_are_refused(name, size, message):
         shapes(create_model(name, num_classes=1), *size)
 
 
-@pytest.mark.parametrize("kind", ["learned_1d", "learned_2d", "relative"])
-def test_parameters_of_another_image_size_are_refused(kind):
-    model = tiny(position_embedding=kind)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(position_embedding="learned_1d"),
+        dict(position_embedding="learned_2d"),
+        dict(position_embedding="relative"),
+        dict(position_embedding_at="every_layer"),
+        dict(position_embedding_at="every_layer_shared"),
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_parameters_of_another_image_size_are_refused(options):
+    model = tiny(**options)
     params = {"params": abstract_params(model, 8, 8)}
     with pytest.raises(ValueError, match=r"_embedding of these .*for another image size"):
         jax.eval_shape(lambda params: model.apply(params, pixels(height=12), train=False), params)

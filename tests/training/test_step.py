@@ -11,7 +11,13 @@ from tiny_steps import SIZE, make_batch, run
 from vit_jax.config import validate
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
-from vit_jax.training.step import flip, make_eval_step, make_train_step, normalize
+from vit_jax.training.step import (
+    flip,
+    make_eval_step,
+    make_loss_sum,
+    make_train_step,
+    normalize,
+)
 
 pytestmark = pytest.mark.core
 
@@ -69,7 +75,7 @@ def test_masked_images_do_not_count(tiny_config):
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule, params_shapes(model, SIZE))
     state = jax.jit(make_init(model, optimizer, SIZE, 0))()
-    step = jax.jit(make_train_step(model, optimizer, schedule, config))
+    step = jax.jit(make_train_step(make_loss_sum(model, config), optimizer, schedule, config))
     batch = make_batch(0, invalid=(3, 7))
     garbled = batch | {"image": batch["image"].copy(), "label": batch["label"].copy()}
     garbled["image"][[3, 7]] = 255
@@ -99,7 +105,7 @@ def test_dropout_differs_by_step_part_and_seed(tiny_config):
         head = jax.random.normal(jax.random.key(1), state.params["head"]["kernel"].shape)
         state = state.replace(params=state.params | {"head": {
             "kernel": head, "bias": jnp.zeros(10)}})
-        step = jax.jit(make_train_step(model, optimizer, schedule, config))
+        step = jax.jit(make_train_step(make_loss_sum(model, config), optimizer, schedule, config))
         one = make_batch(0, rows=2)
         twice = {k: np.concatenate([v[:1], v[:1]]) for k, v in one.items()}
         first, m1 = step(state, twice)
@@ -122,7 +128,7 @@ def test_learning_rate_metric_is_the_applied_one(tiny_config):
     schedule = make_schedule(config, 10)
     optimizer = optax.scale_by_learning_rate(schedule)
     state = jax.jit(make_init(model, optimizer, SIZE, 0))()
-    step = jax.jit(make_train_step(model, optimizer, schedule, config))
+    step = jax.jit(make_train_step(make_loss_sum(model, config), optimizer, schedule, config))
     for i in range(4):
         before = state
         state, metrics = step(state, make_batch(i))

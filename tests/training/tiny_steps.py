@@ -9,7 +9,7 @@ from vit_jax.config import validate
 from vit_jax.training import parallel, partition
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
-from vit_jax.training.step import make_train_step
+from vit_jax.training.step import make_loss_sum, make_train_step
 
 SIZE = (8, 8)
 
@@ -32,7 +32,8 @@ def build(config):
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule, params_shapes(model, SIZE))
     init = make_init(model, optimizer, SIZE, config.seed, ema=config.ema_decay is not None)
-    return functools.partial(make_train_step, model, optimizer, schedule, config), init
+    return functools.partial(
+        make_train_step, make_loss_sum(model, config), optimizer, schedule, config), init
 
 
 def compile_run(config, devices=8):

@@ -84,7 +84,7 @@ def adapt(
         if shape is None or tensor.shape == shape:
             continue
         how = None
-        if path == POSITIONS:
+        if path.endswith("/posembed_input/pos_embedding"):  # at the stem or in a block
             stride = model.patch_size * model.stem_stride
             prefix = int("cls" in params)
             new_grid = (size[0] // stride, size[1] // stride)

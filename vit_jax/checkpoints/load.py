@@ -9,12 +9,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.buckets import refuse_bucket
 from vit_jax.checkpoints import files, google, infer, layouts, names
 from vit_jax.checkpoints.adapt import adapt, flatten, nest
 from vit_jax.checkpoints.download import download
 from vit_jax.checkpoints.report import LoadReport
 from vit_jax.checkpoints.resize import POSITION_MODES
 from vit_jax.errors import UserError, did_you_mean
+from vit_jax.models.masked import masked_patch_model
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.scan import stack_blocks
 from vit_jax.models.variants import CHOICES
@@ -109,7 +111,8 @@ def load_model(path: str | Path, **overrides) -> Loaded:
         contents.params, model, size, old_grid=contents.grid, report=report,
         channels=options.get("channels") or _channels(contents.params),
         position_resize=mode, reset_head=options.get("reset_head", False))
-    resized = any(path == layouts.POSITIONS and mode in how for path, _, _, how in report.resized)
+    resized = any(path.endswith("/pos_embedding") and mode in how
+                  for path, _, _, how in report.resized)
     head_is_new = any(path == "head/kernel" for path, *_ in report.reset)
     told = {key: options[key] for key in ("mean", "std") if key in options}
     if short_side := contents.preprocessing["resize"]:  # the same share of the image is cropped
@@ -177,6 +180,7 @@ def read(
             contents.report.assumptions.append(
                 f"{path} is {remote.file_name} ({remote.reason})")
         return contents
+    refuse_bucket("checkpoint", str(path))
     path = Path(path).expanduser()
     if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
         return _read_workdir(path, checkpoint, ema)
@@ -201,7 +205,30 @@ def read(
                         f"({error}).") from error
 
 
-def _read_workdir(path, which, ema):
+def load_masked_model(path: str | Path, *, checkpoint: str = "last", ema: bool = False) -> Loaded:
+    """The model with its mask token and predictions, from the workdir of a run with
+    config.task='masked_patches'; `load_model` gives what it is for, the features.
+
+    Raises:
+      UserError: no such workdir.
+    """
+    path = Path(path).expanduser()
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not the workdir of a run; masked predictions need one with "
+                        "config.task='masked_patches'.")
+    meta, params, step = _restore_workdir(path, checkpoint, ema)
+    if "mask_token" not in params:
+        raise UserError(f"{path} was not trained with config.task='masked_patches'.")
+    model = masked_patch_model(
+        model_from_json(meta["model"]).clone(scan_layers=False), meta["config"]["masked"]["target"])
+    report = LoadReport(f"{path} step {step}", "vit_jax",
+                        renamed=[(name, name, x.shape) for name, x in params.items()])
+    metadata = {"preprocessing": meta["preprocessing"], "class_names": None, "loss": None,
+                "position_resize": None, "dialect": "vit_jax"}
+    return Loaded(model, nest(params), metadata, report)
+
+
+def _restore_workdir(path, which, ema):
     checkpoints = Checkpoints(path / "checkpoints", writable=False)
     step = checkpoints.best_step if which == "best" else checkpoints.last_step
     if step is None:
@@ -212,6 +239,11 @@ def _read_workdir(path, which, ema):
     if not weights:
         raise UserError(f"{path} has no averaged weights: config.ema_decay was not set for it.")
     params = {name: np.asarray(tensor) for name, tensor in flatten(weights).items()}
+    return meta, params, step
+
+
+def _read_workdir(path, which, ema):
+    meta, params, step = _restore_workdir(path, which, ema)
     size = tuple(meta["preprocessing"]["image_size"])
     model = model_from_json(meta["model"])
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)

@@ -78,6 +78,8 @@ def _impossible(target, model, size, channels):
         return "it returns logits of every patch (an unpooled classifier)"
     if model.position_embedding == "relative":
         return "its position embeddings are relative"
+    if model.position_embedding_at != "stem":
+        return "it adds position embeddings in every layer"
     if target == "timm":
         if model.representation_size is not None:
             return ("timm has no representation layer; torchvision has it, and so has hf for a "

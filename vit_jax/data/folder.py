@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vit_jax.data.buckets import refuse_bucket
+from vit_jax.buckets import refuse_bucket
 from vit_jax.data.records import Record, missing_split, stratified_split
 from vit_jax.errors import UserError
 

@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from vit_jax.data.buckets import refuse_bucket
+from vit_jax.buckets import refuse_bucket
 from vit_jax.data.records import Record, missing_split
 from vit_jax.errors import UserError, did_you_mean
 

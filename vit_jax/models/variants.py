@@ -14,6 +14,7 @@ from vit_jax.models.vit import (
     ACTIVATIONS,
     CLASSIFIERS,
     POSITION_EMBEDDINGS,
+    POSITION_PLACES,
     REMAT_POLICIES,
     VisionTransformer,
 )
@@ -76,6 +77,7 @@ VARIANTS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = _build_table()
 CHOICES = {
     "classifier": CLASSIFIERS,
     "position_embedding": POSITION_EMBEDDINGS,
+    "position_embedding_at": POSITION_PLACES,
     "remat": ("none", *REMAT_POLICIES),
     "attention_implementation": IMPLEMENTATIONS,
     "activation": tuple(ACTIVATIONS),

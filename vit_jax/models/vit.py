@@ -18,6 +18,7 @@ from vit_jax.models.partition import constrain_tokens
 
 CLASSIFIERS = ("token", "gap", "unpooled", "token_unpooled")
 POSITION_EMBEDDINGS = ("learned_1d", "learned_2d", "sincos_2d", "relative", "none")
+POSITION_PLACES = ("stem", "every_layer", "every_layer_shared")
 ACTIVATIONS = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -135,6 +136,8 @@ class Encoder1DBlock(nn.Module):
       dropout_rate: dropout after the attention projection and both dense layers of the MLP.
       attention_dropout_rate: dropout of the attention weights.
       layer_scale: initial gamma of LayerScale on both branches; None for none.
+      position_embedding: kind of a position embedding of the block's own, added to what comes in;
+        None for none.
       activation, relative_positions, attention_implementation: see `VisionTransformer`.
     """
 
@@ -144,16 +147,21 @@ class Encoder1DBlock(nn.Module):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     layer_scale: float | None = None
+    position_embedding: str | None = None
     activation: str = "gelu_tanh"
     relative_positions: bool = False
     attention_implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, drop_branch_rate=None, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, grid: tuple[int, int] | None = None, drop_branch_rate=None,
+        train: bool,
+    ) -> jax.Array:
         """Maps tokens [B, N, D] to [B, N, D].
 
-        `drop_branch_rate` is this block's probability to skip a residual branch (stochastic depth,
-        drawn for each image and branch); None for never.
+        `grid` is that of the patches, which only a position embedding asks for. `drop_branch_rate`
+        is this block's probability to skip a residual branch (stochastic depth, drawn for each
+        image and branch); None for never.
         """
 
         def residual(branch, i):
@@ -169,6 +177,9 @@ class Encoder1DBlock(nn.Module):
             return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32)
 
         x = constrain_tokens(x)
+        if self.position_embedding is not None:
+            positioned = AddPositionEmbs(self.position_embedding, name="posembed_input")
+            x = positioned(x, grid=grid).astype(self.dtype)
         y = norm()(x)
         y = MultiHeadDotProductAttention(
             num_heads=self.num_heads,
@@ -196,7 +207,7 @@ class Encoder(nn.Module):
     num_layers: int
     block: dict[str, Any]
     position_embedding: str = "learned_1d"
-    register_tokens: int = 0
+    position_embedding_at: str = "stem"
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     scan_layers: bool = False
@@ -206,8 +217,14 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, *, grid: tuple[int, int], registers=None, train: bool):
         """Maps tokens [B, N, D] to [B, R + N, D], float32; registers [1, R, D] follow the class
         token and get no position."""
-        if self.position_embedding not in ("relative", "none"):
-            x = AddPositionEmbs(self.position_embedding, name="posembed_input")(x, grid=grid)
+        kind, shared = self.position_embedding, None
+        if self.position_embedding_at != "stem":
+            self._check_place(registers)
+        if self.position_embedding_at == "every_layer_shared":
+            nothing = jnp.zeros((1, *x.shape[1:]))
+            shared = AddPositionEmbs(kind, name="posembed_input")(nothing, grid=grid)
+        elif self.position_embedding_at == "stem" and kind not in ("relative", "none"):
+            x = AddPositionEmbs(kind, name="posembed_input")(x, grid=grid)
         x = x.astype(self.block["dtype"])
         if registers is not None:
             prefix = x.shape[1] - grid[0] * grid[1]
@@ -215,19 +232,36 @@ class Encoder(nn.Module):
             x = jnp.concatenate([x[:, :prefix], registers, x[:, prefix:]], axis=1)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         self.sow("intermediates", "tokens", x)
-        x = self._blocks(x, train)
+        x = self._blocks(x, grid, shared, train)
         return nn.LayerNorm(
             epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name="encoder_norm"
         )(x)
 
-    def _blocks(self, x, train):
+    def _check_place(self, registers):
+        place, kind = self.position_embedding_at, self.position_embedding
+        if kind == "none":
+            reason = "there is no position embedding"
+        elif kind == "relative":
+            reason = "relative positions are in the attention of every layer already"
+        elif kind == "sincos_2d" and place == "every_layer":
+            reason = "sincos_2d is the same in every layer; use 'every_layer_shared'"
+        elif registers is not None:
+            reason = "register tokens, which have no position, come after it; use 'stem'"
+        else:
+            return
+        raise ValueError(f"position_embedding_at={place!r} does not go with "
+                         f"position_embedding={kind!r}: {reason}.")
+
+    def _blocks(self, x, grid, positions, train):
         # Stochastic depth grows linearly, from 0 in the first block to the full rate in the last.
         rates = [self.stochastic_depth_rate * i / max(1, self.num_layers - 1)
                  for i in range(self.num_layers)]
 
         def run(block, x, rate):
-            return block(x, drop_branch_rate=rate if self.stochastic_depth_rate else None,
-                         train=train)
+            if positions is not None:
+                x = (x + positions).astype(x.dtype)
+            return block(x, grid=grid, train=train,
+                         drop_branch_rate=rate if self.stochastic_depth_rate else None)
 
         if self.remat != "none":
             run = nn.remat(
@@ -265,6 +299,9 @@ class VisionTransformer(nn.Module):
       representation_size: width of a tanh layer before the head (`pre_logits`); None for none.
       head_bias_init: initial bias of the head (-10 in the paper's sigmoid pretraining).
       position_embedding: one of POSITION_EMBEDDINGS.
+      position_embedding_at: where it is added (paper, Table 8): 'stem' (once, to the patch
+        embeddings), 'every_layer' (each block has its own and begins with adding it) or
+        'every_layer_shared' (one, added at the beginning of every block).
       dropout_rate: dropout after the position embedding and after every dense layer but q, k, v.
       attention_dropout_rate: dropout of attention weights.
       stochastic_depth_rate: probability to skip a residual branch in the last block.
@@ -291,6 +328,7 @@ class VisionTransformer(nn.Module):
     representation_size: int | None = None
     head_bias_init: float = 0.0
     position_embedding: str = "learned_1d"
+    position_embedding_at: str = "stem"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
@@ -345,11 +383,14 @@ class VisionTransformer(nn.Module):
                 dropout_rate=self.dropout_rate,
                 attention_dropout_rate=self.attention_dropout_rate,
                 layer_scale=self.layer_scale,
+                position_embedding=self.position_embedding
+                if self.position_embedding_at == "every_layer" else None,
                 activation=self.activation,
                 relative_positions=self.position_embedding == "relative",
                 attention_implementation=self.attention_implementation,
             ),
             position_embedding=self.position_embedding,
+            position_embedding_at=self.position_embedding_at,
             dropout_rate=self.dropout_rate,
             stochastic_depth_rate=self.stochastic_depth_rate,
             scan_layers=self.scan_layers,

@@ -154,7 +154,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """`meta` of a run's checkpoints: enough to use the weights without the command line."""
     return {
-        "model": model_to_json(model),
+        "model": model_to_json(getattr(model, "backbone", model)),
         "config": config_lib.to_json(config),
         "class_names": list(class_names),
         "train_images": train_images,

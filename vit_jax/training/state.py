@@ -12,6 +12,7 @@ import ml_collections
 import optax
 
 from vit_jax.errors import UserError
+from vit_jax.models.masked import corrupted_count, masked_patch_model
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import create_model
 from vit_jax.models.vit import VisionTransformer
@@ -20,7 +21,8 @@ from vit_jax.models.vit import VisionTransformer
 # nothing else takes over. The rest (patch size, classes, representation layer) can be adapted.
 _MUST_AGREE = ("hidden_size", "mlp_dim", "num_heads", "num_layers", "resnet_stages", "stages",
                "width_factor")
-_TAKEN_OVER = ("classifier", "activation", "layer_scale", "register_tokens", "position_embedding")
+_TAKEN_OVER = ("classifier", "activation", "layer_scale", "register_tokens", "position_embedding",
+               "position_embedding_at")
 
 
 @flax.struct.dataclass
@@ -39,7 +41,8 @@ def build_model(
     size: tuple[int, int],
     start: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The config's variant with its overrides, checked against the image size.
+    """The config's variant with its overrides, checked against the image size; for
+    config.task='masked_patches' with predictions for patches in place of classes.
 
     Args:
       config: the run's config.
@@ -58,6 +61,11 @@ def build_model(
     try:
         model = create_model(
             config.model.variant, num_classes=num_classes, dtype=config.dtype, **overrides)
+        if config.task == "masked_patches":
+            if not isinstance(model, VisionTransformer):
+                raise ValueError(f"{config.model.variant} has no patches to mask")
+            model = masked_patch_model(model, config.masked.target)
+            corrupted_count(model.num_patches(size), config.masked.rate)
         _trace(model, size)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None

@@ -24,6 +24,7 @@ from vit_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+LossSum = Callable[[Any, Batch, jax.Array], jax.Array]  # of (params, batch, key)
 
 _MIXING_STREAM = 2**32 - 1  # folded into the step's key; no part of the batch has this index
 
@@ -46,24 +47,38 @@ def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
+def make_loss_sum(
+    model: nn.Module, config: ml_collections.ConfigDict, pixels: Pixels = Pixels()  # noqa: B008
+) -> LossSum:
+    """The loss of classification, summed over the valid images."""
+
+    def loss_sum(params, batch, key):
+        images = mixing.mixed_images(batch, lambda x: normalize(x, pixels))
+        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        targets = mixing.mixed_targets(batch, lambda labels: targets_from_labels(
+            labels, logits.shape[-1], config.loss.label_smoothing))
+        losses = cross_entropy(config.loss.name, logits, targets)
+        return jnp.sum(jnp.where(batch["mask"], losses, 0.0))
+
+    return loss_sum
+
+
 def make_train_step(
-    model: nn.Module,
+    loss_sum: LossSum,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: ml_collections.ConfigDict,
     *,
-    pixels: Pixels = Pixels(),  # noqa: B008
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the step: forward, backward, update.
 
     Args:
-      model: maps images to logits [B, K].
+      loss_sum: loss_sum(params, batch, key), summed over the valid images; see `make_loss_sum`.
       optimizer: turns gradients into updates.
       schedule: learning rate by update, for the metrics.
-      config: the run's config; read are seed, accumulation_steps, ema_decay, loss and, of data,
-        mixup, cutmix and random_erasing.
-      pixels: what images are normalised with.
+      config: the run's config; read are seed, accumulation_steps, ema_decay and, of data, mixup,
+        cutmix and random_erasing.
       axis_name: pmap's axis, whose devices each hold a part of the batch; None under jit, where
         the batch is one (sharded) array and the compiler sums over devices. Under pmap dropout,
         mixup, CutMix and erasing differ from jit's: each device draws and pairs for itself.
@@ -73,14 +88,6 @@ def make_train_step(
       the valid images of the whole batch, whatever the number of devices and accumulation steps.
     """
     parts, data = config.accumulation_steps, config.data
-
-    def loss_sum(params, batch, key):
-        images = mixing.mixed_images(batch, lambda x: normalize(x, pixels))
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        targets = mixing.mixed_targets(batch, lambda labels: targets_from_labels(
-            labels, logits.shape[-1], config.loss.label_smoothing))
-        losses = cross_entropy(config.loss.name, logits, targets)
-        return jnp.sum(jnp.where(batch["mask"], losses, 0.0))
 
     def total(x):
         return x if axis_name is None else jax.lax.psum(x, axis_name)
@@ -144,8 +151,7 @@ def moving_average(average: Any, params: Any, decay: float, updates: jax.Array) 
 def make_eval_step(
     model: nn.Module, config: ml_collections.ConfigDict, pixels: Pixels = Pixels()  # noqa: B008
 ) -> Callable[[Any, Batch], Metrics]:
-    """Builds eval_step(params, batch) -> per image: loss [B], prediction [B] and in_top5 [B], with
-    the batch's label [B] and mask [B], since a process has only its own rows of them."""
+    """Builds eval_step(params, batch) -> per image: loss [B], prediction [B] and in_top5 [B]."""
 
     def eval_step(params, batch):
         logits = model.apply({"params": params}, normalize(batch["image"], pixels), train=False)
@@ -156,8 +162,6 @@ def make_eval_step(
             "loss": cross_entropy(config.loss.name, logits, targets),
             "prediction": best[:, 0],
             "in_top5": jnp.any(best == batch["label"][:, None], axis=1),
-            "label": batch["label"],
-            "mask": batch["mask"],
         }
 
     return eval_step

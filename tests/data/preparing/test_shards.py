@@ -48,7 +48,7 @@ def labels(path):
 
 
 @pytest.mark.parametrize(("images", "records_per_file"), [
-    (1, None), (4096, None), (4097, None), (10_000, None), (1_281_167, None), (14_000_000, None),
+    (1, None), (128, None), (129, None), (10_000, None), (1_281_167, None), (14_000_000, None),
     (5, 1), (5, 3), (6, 3), (7, 3), (2, 3), (1_281_167, 5000)])
 def test_divide(images, records_per_file):
     files = divide("train", images, records_per_file)
@@ -60,6 +60,8 @@ def test_divide(images, records_per_file):
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= (records_per_file or max(4096, -(-images // 512)))
     assert records_per_file or len(files) <= 512
+    if records_per_file is None and images > 128:
+        assert min(sizes) >= 64 and len(files) >= min(64, images // 128)  # work for many threads
 
 
 def test_order():
@@ -137,6 +139,31 @@ def test_interrupted_in_the_middle_of_a_file(preparation):
         "prepare.json", "progress"]
 
 
+def test_the_same_file_by_two_processes(preparation, tmp_path):
+    """The other one completes the data set and removes what it takes for left."""
+    file = preparation.files[0]
+
+    def other():
+        again = Preparation(preparation.source, tmp_path / "out", "pets", preparation.options)
+        again._mark = "elsewhere"
+        for each in again.files:
+            write(again, each)
+        again.finish({each: again.done(each) for each in again.files})
+
+    calls = iter([other])
+    preparation.write(file, threading.Event(), lambda: next(calls, lambda: None)())
+    assert preparation.done(file).images == 3
+    assert not [path for path in preparation.folder.rglob(".*")]
+
+
+def test_a_folder_that_cannot_be_written_any_more(preparation):
+    (preparation.folder / "prepare.json").unlink()
+    (preparation.folder / "progress").rmdir()
+    preparation.folder.rmdir()
+    with pytest.raises(UserError, match="00000-of-00005 cannot be written .*No such file"):
+        write(preparation, preparation.files[0])
+
+
 def test_other_data_or_options_are_refused(preparation, tmp_path):
     def refusal(options, source=preparation.source):
         with pytest.raises(UserError) as error:
@@ -162,15 +189,17 @@ def test_a_data_set_of_others_is_left_alone(preparation):
 
 def test_the_data_set_is_complete_with_its_last_file(preparation):
     left = preparation.folder / ".pets-train.array_record-00000-of-00005.elsewhere.77"
-    left.write_bytes(b"of a process that was killed")
+    half = preparation.folder / "progress" / ".train-00000-of-00005.json.elsewhere.77"
+    for path in (left, half):
+        path.write_bytes(b"of a process that was killed")
     for file in preparation.files:
         write(preparation, file)
     preparation.finish({file: preparation.done(file) for file in preparation.files})
     info = json.loads((preparation.folder / "dataset_info.json").read_text())
     assert [split["shardLengths"] for split in info["splits"]] == [
         ["3", "4", "3", "4", "4"], ["2"]]
-    assert not left.exists()
-    assert not [entry for entry in preparation.folder.iterdir() if entry.name.startswith(".")]
+    assert not left.exists() and not half.exists()
+    assert not list(preparation.folder.rglob(".*"))
 
 
 def test_tallies_add_up_and_survive_json():

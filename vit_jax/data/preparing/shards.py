@@ -32,7 +32,10 @@ from vit_jax.errors import UserError
 # A reader decompresses a whole group to get at one record, so random access wants groups of one;
 # compression finds nothing in JPEGs (0.1% of their bytes).
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_FEWEST_RECORDS = 4096  # in a file, unless the split is smaller
+# A file is written by one thread and begun again when interrupted: small data sets have small ones.
+_FEWEST_RECORDS = 128  # in a file, unless the split is smaller
+_ENOUGH_FILES = 64  # of a split, from which on they grow
+_ENOUGH_RECORDS = 4096  # in a file, from which on there are more of them
 _MOST_FILES = 512  # of a split: a training process holds them all open, and 1024 is a usual limit
 
 
@@ -46,7 +49,7 @@ class Options:
 
     resize: int | None = None  # pixels of the short side
     quality: int = 95
-    records_per_file: int | None = None  # None: 4096, or more where that would be over 512 files
+    records_per_file: int | None = None  # None: see `divide`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +168,9 @@ class Preparation:
         path = self._path(file)
         temporary = self._temporary(path)
         tally = Tally()
-        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
         try:
             with _writing(path):
+                writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
                 for index in self._orders[file.split][file.start:file.stop].tolist():
                     if stop.is_set():
                         raise Interrupted
@@ -182,6 +185,10 @@ class Preparation:
                 tally.file_bytes = temporary.stat().st_size
                 temporary.replace(path)
                 self._write(self._tally_path(file), tally.to_json())
+        except UserError:
+            # Another process may have written the same, ended, and removed what it left.
+            if self.done(file) is None:
+                raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -248,8 +255,9 @@ class Preparation:
                 "fileFormat": "array_record",
                 "splits": splits,
             }, indent=2, sort_keys=True))
-            for left in self.folder.glob(f".{self.name}-*.array_record-*"):  # by processes killed
-                left.unlink(missing_ok=True)
+            for pattern in (f".{self.name}-*.array_record-*", "progress/.*"):
+                for left in self.folder.glob(pattern):  # by processes that were killed
+                    left.unlink(missing_ok=True)
 
     def _path(self, file: OutputFile) -> Path:
         return self.folder / f"{self.name}-{file.split}.array_record-{file.suffix}"
@@ -263,13 +271,22 @@ class Preparation:
     def _write(self, path: Path, text: str) -> None:
         """The file is whole or not there."""
         temporary = self._temporary(path)
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
 
 
 def divide(split: str, images: int, records_per_file: int | None) -> list[OutputFile]:
-    """The files of a split, which are equal in size, save for one record."""
-    records_per_file = records_per_file or max(_FEWEST_RECORDS, -(-images // _MOST_FILES))
+    """The files of a split, which are equal in size, save for one record.
+
+    Unless it is given, they have 128 records up to 64 files, then up to 4096, and more only where
+    there would be over 512 files.
+    """
+    records_per_file = records_per_file or max(
+        _FEWEST_RECORDS, min(-(-images // _ENOUGH_FILES), _ENOUGH_RECORDS),
+        -(-images // _MOST_FILES))
     count = -(-images // records_per_file)
     bounds = [number * images // count for number in range(count + 1)]
     return [OutputFile(split, number, count, bounds[number], bounds[number + 1])

@@ -1,0 +1,76 @@
+"""Train a grid of runs and compare them: python -m vit_jax.sweep --config=FILE.py[:ARGS]
+--workdir=DIR [--config.key=value ...]"""
+
+import sys
+from pathlib import Path
+from signal import SIGTERM
+
+import jax
+
+from vit_jax import cli
+from vit_jax.errors import UserError
+from vit_jax.sweeping.execution import Stopping, run_all, write_tables
+from vit_jax.sweeping.grid import load
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; see `--help`."""
+    overrides, rest = cli.split_overrides(arguments)
+    parser = cli.ArgumentParser(
+        prog="python -m vit_jax.sweep",
+        description="Trains the runs of a sweep (configs/ablations/), one after another, each with "
+        "python -m vit_jax.main\nin DIR/NAME on all devices of this machine, and writes "
+        "DIR/results.md, results.csv and results.png\nafter every run. Starting the same command "
+        "again leaves out what is finished and continues what\nis not. A run that fails does not "
+        "end the others.",
+        epilog="--config.KEY=VALUE holds for every run. One part of a SLURM job array:\n"
+        "  --shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT  (sbatch --array=0-7)",
+    )
+    parser.add_argument("--config", metavar="FILE.py[:ARGS]", help="the sweep")
+    parser.add_argument("--workdir", metavar="DIR", type=Path, help="holds the runs and the tables")
+    parser.add_argument("--seeds", metavar="N", type=int, default=1,
+                        help="runs of every kind, with config.seed, config.seed + 1, ... (1)")
+    parser.add_argument("--shard", metavar="I/N", default="0/1",
+                        help="runs the I-th of N parts, I from 0; the parts may run at once")
+    parser.add_argument("--report", action="store_true",
+                        help="runs nothing, and writes the tables of what is finished")
+    flags = parser.parse(rest)
+    for name in ("config", "workdir"):
+        if getattr(flags, name) is None:
+            raise UserError(f"--{name}= is missing (see --help).")
+    if flags.seeds < 1:
+        raise UserError(f"--seeds={flags.seeds} must be at least 1.")
+    part, parts = cli.parse_shard(flags.shard)
+    workdir = flags.workdir.expanduser().absolute()
+    sweep, runs = load(flags.config, overrides, flags.seeds)
+    # The devices are for the runs: a GPU that this process had taken would be missing there.
+    jax.config.update("jax_platforms", "cpu")
+
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}; choose "
+                        "another --workdir.") from None
+    failed, busy = [], []
+    if flags.report:
+        write_tables(workdir, sweep, runs)
+    else:
+        with Stopping() as stopping:
+            failed, busy = run_all(
+                flags.config, workdir, sweep, runs, runs[part::parts], stopping)
+        if stopping.signal:
+            print(f"Stopped by {stopping.signal.name}; the same command continues.",
+                  file=sys.stderr)
+            sys.exit(cli.EXIT_SAVED if stopping.signal == SIGTERM else 128 + stopping.signal)
+    print(f"\n{(workdir / 'results.md').read_text()}\nThis table is {workdir / 'results.md'}; "
+          "results.csv and results.png are beside it.")
+    if busy:
+        print(f"{len(busy)} runs are being run by other processes: {', '.join(busy)}.")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs[part::parts])} runs failed "
+                        f"({', '.join(failed)}): see log.txt in their folders. The same command "
+                        "tries them again.")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

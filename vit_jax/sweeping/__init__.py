@@ -1,0 +1,1 @@
+"""A grid of runs: what is in it, running it, and the table it ends in."""
