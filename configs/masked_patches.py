@@ -70,10 +70,10 @@ def get_config(argument: str = ""):
 
 
 def _cpu(config, source):
-    config.epochs = 20
+    config.epochs = 10
     config.batch_size = 128
     config.log_every = 50
-    config.eval_every = 2000
+    config.eval_every = 1000
     config.checkpoint_every = 1000
 
     config.model.variant = "Ti/16"

@@ -361,7 +361,8 @@ def test_no_key_is_dead(tiny_config, tmp_path, monkeypatch):
     main_module.main(["--config=recorded.py", f"--config.init={tmp_path / 'run'}",
                       "--mode=evaluate"])
     main_module.main(["--config=recorded.py", f"--workdir={tmp_path / 'masked'}",
-                      "--config.task=masked_patches", "--config.probes.every=5",
+                      "--config.task=masked_patches", "--config.init=none",
+                      "--config.probes.every=5",
                       "--config.probes.shots=1"])
 
     params = {"dense": {"kernel": jax.ShapeDtypeStruct((2, 2), "float32")}}

@@ -1,5 +1,9 @@
 """README, recipes and scripts name things that exist."""
 
+import contextlib
+import functools
+import importlib
+import io
 import re
 import shlex
 import subprocess
@@ -14,30 +18,44 @@ from vit_jax.config import parse_value
 pytestmark = pytest.mark.core
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [README, *(path.read_text() for path in sorted((ROOT / "configs").glob("*.py")))]
+DOCUMENTS = [README, *(
+    path.read_text() for pattern in ("docs/*.md", "configs/*.py", "configs/ablations/*.py")
+    for path in sorted(ROOT.glob(pattern)))]
 
 
 def commands():
-    """Arguments of every `vit_jax.main` command in README and the recipes' docstrings."""
+    """(command, arguments) of every `python -m vit_jax.COMMAND` line with arguments in README, the
+    docs and the recipes' docstrings."""
     for document in DOCUMENTS:
         for line in document.replace("\\\\\n", " ").replace("\\\n", " ").splitlines():
-            if "-m vit_jax.main --" in line and "`" not in line:
-                yield shlex.split(line.split("-m vit_jax.main ")[1])
+            if found := re.match(r" *python -m vit_jax\.(\w+) (.*)", line):
+                yield found[1], shlex.split(found[2], comments=True)
 
 
 def test_there_are_commands():
-    assert len(list(commands())) >= 8
+    assert {command for command, _ in commands()} >= {
+        "main", "convert", "predict", "prepare", "probe", "visualize", "summary", "masked"}
 
 
-@pytest.mark.parametrize("arguments", list(commands()), ids=" ".join)
-def test_documented_commands_use_what_exists(arguments, monkeypatch):
+@functools.cache
+def flags_of(command):
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        importlib.import_module(f"vit_jax.{command}").main(["--help"])
+    return set(re.findall(r"--\w+", shown.getvalue()))
+
+
+@pytest.mark.parametrize("command, arguments", list(commands()), ids=str)
+def test_documented_commands_use_what_exists(command, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides, rest = cli.split_overrides(arguments)
     for path, text in overrides.items():
         parse_value(path, text)
     for argument in rest:
-        if argument.startswith("--config="):
+        if argument.startswith("--config=configs/"):
             cli.load_config(argument.removeprefix("--config="))
+        if argument.startswith("--"):
+            assert argument.split("=")[0] in flags_of(command)
 
 
 def test_every_recipe_is_tested_and_in_the_readme():

@@ -20,6 +20,7 @@ from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
 from vit_jax.training.step import make_train_step
 from vit_jax.training.stop import StopSignal
+from vit_jax.training.task import make_task_loss
 
 pytestmark = pytest.mark.core
 
@@ -118,7 +119,7 @@ def test_the_step_can_be_traced(recipe, tiny):
     schedule = make_schedule(config, config.total_steps)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
     state = jax.eval_shape(make_init(model, optimizer, size, config.seed))
-    step = make_train_step(model, optimizer, schedule, config)
+    step = make_train_step(make_task_loss(model, config), optimizer, schedule, config)
     after, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.map(str, after) == jax.tree.map(str, state)  # shapes and types stay
     assert metrics["loss"].dtype == "float32"

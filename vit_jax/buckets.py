@@ -4,7 +4,8 @@ import re
 
 from vit_jax.errors import UserError
 
-_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+\-]+):/+")  # of "gs://", which pathlib makes "gs:/"
+# Of "gs://", which pathlib makes "gs:/"; "folder:/data" is a data source.
+_URL = re.compile(r"(?!folder:)([a-zA-Z][a-zA-Z0-9+\-]+):/+")
 
 
 def refuse_bucket(what: str, path: str) -> None:

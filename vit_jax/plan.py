@@ -7,6 +7,7 @@ import re
 
 import jax
 import ml_collections
+from jax.sharding import AbstractMesh
 
 from vit_jax import cli
 from vit_jax import config as config_lib
@@ -17,13 +18,14 @@ from vit_jax.errors import UserError
 from vit_jax.models.summary import Summary, summarize
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training.memory import Memory, Planner, compiled_bytes, resolve_mesh
+from vit_jax.training.partition import batch_shards
 
 # Of a device's memory, what may be planned: JAX is given 90 % of it (launch/env/gpu.sh), and
 # compilers were found to need up to a tenth more than planned (docs/plan.md).
 _SHARE = 0.8
 _JAX_SHARE = 0.75  # of a GPU, where nothing else is said
 # Images per second of one CPU core, measured as docs/plan.md says.
-_DECODED_PER_CORE = 600
+_DECODED_PER_CORE = 550
 _RANDAUGMENTED_PER_CORE = 2000
 
 _GIB = 2**30
@@ -78,46 +80,30 @@ def main(arguments: list[str]) -> None:
     kernel, reason = attention_kernel(config, planner.model, device)
     planner.fused_attention = kernel == "cudnn"
     memory = planner.memory(config, mesh)
-    notes = [*planner.notes(config, mesh), *_notes(config, planner.model, device, memory)]
-    size = config_lib.image_size(config)
-    summary = summarize(planner.model, size)
+    summary = summarize(planner.model, config_lib.image_size(config))
     steps = config.total_steps or max(1, round(config.epochs * images / config.batch_size))
     cost = estimate_cost(config, summary, steps, flags.devices, device, flags.mfu)
 
-    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    per_device = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    remat = config.model.remat or "none"
     sections = [
         (f"{flags.config} on {flags.devices} x {device.name}", [
-            ("model", f"{config.model.variant}, {summary.parameters:,} parameters"),
-            ("images", f"{size[0]}x{size[1]}, {classes:,} classes"),
-            ("mesh", f"{axes} ({config.parallelism})"),
-            ("batch", f"{config.batch_size:,}, {per_device:,} images per device"
-             + (f" in {config.accumulation_steps} parts" if config.accumulation_steps > 1
-                else "")),
-            ("computation", f"{config.dtype}, remat {remat}, scan_layers "
-             f"{str(bool(config.model.scan_layers)).lower()}"),
+            ("model", f"{config.model.variant}, {summary.parameters:,} parameters, "
+             f"{classes:,} classes"),
+            *run_rows(config, mesh),
             *([("attention", kernel + (f" ({reason})" if reason else ""))] if kernel else []),
         ]),
         ("Memory of each device, GiB", memory_rows(memory, device)),
-        ("Work", [
-            ("forward pass of an image", _flops(cost.forward)),
-            ("training on an image", _flops(cost.train)),
-            ("  with what remat repeats", _flops(cost.hardware)),
-            ("training step", _flops(cost.step_flops)),
-            ("steps", f"{steps:,}" + (f" ({steps * config.batch_size / images:,.1f} epochs of "
-                                      f"{images:,} images)" if images else "")),
-        ]),
+        ("Work", work_rows(config, cost, steps, images)),
         (f"Time, if MFU is {flags.mfu:g}: an assumption (--mfu), not a prediction", [
             ("step", f"{cost.step_seconds:.3g} s"),
             ("images per second", f"{cost.images_per_second:,.0f}"),
             ("all steps", f"{cost.days:,.2f} days, {cost.days * 24 * flags.devices:,.0f} "
-             "device-hours, without evaluation, checkpoints and compilation"),
+             "device-hours"),
+            ("", "(without evaluation, checkpoints and compilation)"),
         ]),
         ("Input pipeline at that speed", input_rows(config, cost, flags)),
     ]
     print(_format(sections))
-    for note in notes:
+    for note in [*planner.notes(config, mesh), *_notes(config, device, memory)]:
         print(f"note: {note}")
     print()
     print(suggestion(planner, config, flags.devices, device, memory))
@@ -257,6 +243,37 @@ def estimate_cost(
     )
 
 
+def run_rows(config: ml_collections.ConfigDict, mesh: AbstractMesh) -> list[tuple[str, str]]:
+    """How the batch and the computation are laid out."""
+    height, width = config_lib.image_size(config)
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    parts = f" in {config.accumulation_steps} parts" if config.accumulation_steps > 1 else ""
+    return [
+        ("images", f"{height}x{width}, {config.batch_size:,} in a batch, "
+         f"{config.batch_size // batch_shards(mesh):,} of them on a device{parts}"),
+        ("mesh", f"{axes} ({config.parallelism})"),
+        ("computation", f"{config.dtype}, remat {config.model.remat or 'none'}"
+         + (", scan_layers" if config.model.scan_layers else "")),
+    ]
+
+
+def work_rows(
+    config: ml_collections.ConfigDict, cost: Cost, steps: int, images: int | None
+) -> list[tuple[str, str]]:
+    """FLOPs and the length of the run."""
+    epochs = ""
+    if images:
+        epochs = f" ({steps * config.batch_size / images:,.1f} epochs of {images:,} images)"
+    return [
+        ("forward pass of an image", _flops(cost.forward)),
+        ("training on an image", _flops(cost.train)),
+        *([("  with what remat repeats", _flops(cost.hardware))]
+          if cost.hardware > cost.train else []),
+        ("training step", _flops(cost.step_flops)),
+        ("steps", f"{steps:,}{epochs}"),
+    ]
+
+
 def memory_rows(memory: Memory, device: Device) -> list[tuple[str, str]]:
     """The table of a device's memory, with the verdict."""
     rows = [
@@ -297,7 +314,7 @@ def input_rows(config: ml_collections.ConfigDict, cost: Cost, flags) -> list[tup
                     f"each ({said})")]
 
 
-def _notes(config, model, device, memory):
+def _notes(config, device, memory):
     if config.dtype != "bfloat16":
         yield (f"the peak of {device.name} is of bfloat16; with config.dtype={config.dtype} an MFU "
                "is much lower.")
@@ -350,10 +367,10 @@ def check(config: ml_collections.ConfigDict, classes: int, devices: int) -> str:
 
 
 def _flops(number):
-    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
-        if number >= factor:
-            return f"{number / factor:,.2f} {unit}FLOPs"
-    return f"{number / 1e6:,.2f} MFLOPs"
+    factor, unit = next(
+        ((factor, unit) for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"))
+         if number >= factor), (1e6, "M"))
+    return f"{number / factor:,.2f} {unit}FLOPs"
 
 
 def _format(sections):

@@ -15,20 +15,20 @@ from vit_jax.data.sources import open_splits
 from vit_jax.devices import find as find_device
 from vit_jax.errors import UserError
 from vit_jax.evaluate import make_evaluator, pixel_statistics
-from vit_jax.models.masked import MaskedPatchModel
 from vit_jax.models.summary import format_summary, summarize
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.probes.evaluator import make_probes
 from vit_jax.report import write_report
-from vit_jax.training import distributed, masked_patches, parallel, partition
+from vit_jax.training import distributed, parallel, partition
 from vit_jax.training import workdir as workdir_lib
 from vit_jax.training.checkpoint import BEST, Checkpoints, check_same_data, describe_run
 from vit_jax.training.metrics import MetricsLog, Progress
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.profile import ProfileWindow
 from vit_jax.training.state import build_model, make_init, params_shapes
-from vit_jax.training.step import make_loss_sum, make_train_step
+from vit_jax.training.step import make_train_step
 from vit_jax.training.stop import StopSignal
+from vit_jax.training.task import make_task_loss
 
 _STEPS_IN_FLIGHT = 2  # how far Python may run ahead of the devices
 
@@ -93,10 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
             print(start.report)
     del start_params
 
-    if isinstance(model, MaskedPatchModel):
-        loss_sum = masked_patches.make_loss_sum(model, config.masked.rate, pixels)
-    else:
-        loss_sum = make_loss_sum(model, config, pixels)
+    loss_sum = make_task_loss(model, config, pixels)
     train_step = parallel.compile_train_step(
         lambda axis_name: make_train_step(
             loss_sum, optimizer, schedule, config, axis_name=axis_name),

@@ -3,11 +3,11 @@
     python -m vit_jax.sweep --config=configs/ablations/data_size.py --workdir=runs/data_size \\
         --config.data.dir=DIRECTORY_OF_TFDS_DATASETS --shard=0/16
 
-trains four models on 3, 10, 30 and 99% of ImageNet-1k's training images, each run as
-configs/pretrain_paper.py trains ViTs, with the settings and the number of steps of the whole data
-set, and probes it with 5 images a class, which is what the table shows; not run here. 1% is for choosing settings, as in all of the paper's ImageNet runs. A share is
-a slice of the split, such as 'train[:10%]', which TFDS sources have (folders and digits do not); it
-is not balanced by class.
+trains four models on 3, 10, 30 and 99% of ImageNet-1k's training images (the last 1% is held out in
+configs/pretrain_paper.py too), with that file's settings for ViTs and the number of steps of the
+whole data set, and probes them with 5 images a class, which is what the table shows; not run here.
+A share is a slice of the split, such as 'train[:10%]', which TFDS sources have (folders and digits
+do not); it is not balanced by class.
 
 Published, as curves: pretrained on ImageNet, ViT-L is below ViT-B; on ImageNet-21k they are alike,
 and on JFT-300M the larger is better. Of 9, 30, 90 and 300 million images of JFT, ViT-B/32 is much
@@ -44,6 +44,7 @@ def get_config(size: str = "full"):
         config.epochs = None
         config.probes.every = 25_000
         config.probes.shots = (5,)
+        config.probes.source = "tfds:imagenet2012"
         return config
     config = load_config(f"{CONFIGS}/cifar10.py:cpu")
     config.epochs = None

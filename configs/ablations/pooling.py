@@ -37,7 +37,7 @@ def get_config(argument: str = "B/16-i1k-300ep"):
 
 
 def get_sweep(argument: str = ""):
-    rates = (3e-4, 1e-3, 3e-3, 1e-2) if argument == "cpu" else (3e-4, 8e-4, 3e-3)
+    rates = (1e-3, 3e-3, 1e-2) if argument == "cpu" else (3e-4, 8e-4, 3e-3)
     return Sweep(
         title="Class token and global average pooling (Figure 9)",
         rows="classifier",

@@ -4,7 +4,8 @@
         --config.data.dir=DIRECTORY_OF_TFDS_DATASETS --shard=0/8
 
 trains B/16 eight times on ImageNet-1k, each run as configs/pretrain_paper.py does, and probes it on
-ImageNet with 5 images a class, which is what the table shows; not run here. Another row of that file, and with it another data set, is an argument:
+ImageNet with 5 images a class, which is what the table shows; not run here. Another row of that
+file, and with it another data set, is an argument:
 
     python -m vit_jax.sweep --config=configs/ablations/position.py:B/16-jft-7ep,folder:/data/jft \\
         --workdir=runs/position_jft

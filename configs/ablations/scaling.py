@@ -4,9 +4,10 @@
         --config.data.dir=DIRECTORY_OF_TFDS_DATASETS --shard=0/10
 
 trains ten models on ImageNet-1k, each run as configs/pretrain_paper.py does, and probes them on
-ImageNet with 5 images a class, which is what the table shows; not run here. All scale one with 8 blocks of width 1024, an MLP of 2048 and patches of 32 pixels, as in the paper;
-heads stay 64 wide. The columns are factors (of patches, per side of the image), and the figure's x
-axis is the cost of a forward pass. An argument is another row of that file, for example
+ImageNet with 5 images a class, which is what the table shows; not run here. All scale one with 8
+blocks of width 1024, an MLP of 2048 and patches of 32 pixels, as in the paper; heads stay 64 wide.
+The columns are factors (of patches, per side of the image), and the figure's x axis is the cost of
+a forward pass. An argument is another row of that file, for example
 scaling.py:B/32-jft-7ep,folder:/data/jft.
 
 Published, as curves of the 5-shot accuracy on ImageNet after pretraining on JFT-300M: depth helps

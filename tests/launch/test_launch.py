@@ -71,10 +71,13 @@ def test_scripts_are_bash_and_say_how_they_are_used(script):
         assert os.access(script, os.X_OK)
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=environment()["PATH"])
+
+
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
-    done = run("shellcheck", "-x", script)
+    done = run(SHELLCHECK, "-x", script)
     assert done.returncode == 0, done.stdout
 
 

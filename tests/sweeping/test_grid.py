@@ -1,9 +1,11 @@
 """Which runs a sweep has, and that those of configs/ablations can run."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from vit_jax import cli
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
 from vit_jax.sweeping import grid
@@ -13,6 +15,9 @@ pytestmark = pytest.mark.core
 TESTS = Path(__file__).parent.parent
 ABLATIONS = TESTS.parent / "configs" / "ablations"
 FILES = sorted(path.name for path in ABLATIONS.glob("*.py"))
+ARGUMENTS = [
+    *(f"{name}{size}" for name in FILES if name != "few_labels.py" for size in ("", ":cpu")),
+    "few_labels.py:full,runs/masked", "few_labels.py:cpu,runs/masked_cpu"]
 
 
 @pytest.fixture
@@ -73,7 +78,7 @@ def test_grids_that_cannot_be(sweep_file, cells, overrides, message):
 
 def test_settings_survive_the_command_line():
     """What a run is told by `--config.key=value` is what the sweep meant."""
-    for argument in (f"{name}{size}" for name in FILES for size in ("", ":cpu")):
+    for argument in ARGUMENTS:
         for run in grid.load(str(ABLATIONS / argument), {}, 1)[1]:
             for key, value in run.settings.items():
                 assert config_lib.parse_value(key, config_lib.format_value(value)) == value
@@ -84,15 +89,33 @@ def test_a_recipe_is_no_sweep():
         grid.load(str(TESTS / "tiny.py"), {}, 1)
 
 
-@pytest.mark.parametrize("argument", [f"{name}{size}" for name in FILES for size in ("", ":cpu")])
+@pytest.mark.parametrize("argument", ARGUMENTS)
 def test_every_ablation_can_run(argument):
     """Every model takes its images. Its docstring names the number of parts it is run in."""
     _, runs = grid.load(str(ABLATIONS / argument), {}, 1)
     models = {str((run.config.model, run.config.data.image_size)): run.config for run in runs}
     for config in models.values():
         build_model(config, 10, config_lib.image_size(config))
-    if not argument.endswith(":cpu"):
-        assert f"--shard=0/{len(runs)}" in (ABLATIONS / argument).read_text()
+    if ":cpu" not in argument:
+        assert f"--shard=0/{len(runs)}" in (ABLATIONS / argument.split(":")[0]).read_text()
+
+
+DOCUMENTS = [*(ABLATIONS / name for name in FILES), TESTS.parent / "docs" / "ablations.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documented_commands_use_what_exists(document, monkeypatch):
+    monkeypatch.chdir(TESTS.parent)
+    lines = document.read_text().replace("\\\\\n", " ").replace("\\\n", " ").splitlines()
+    start = "python -m vit_jax.sweep "
+    commands = [line.strip().removeprefix(start) for line in lines
+                if line.strip().startswith(start)]
+    assert commands
+    for command in commands:
+        overrides, rest = cli.split_overrides(shlex.split(command))
+        flags = dict(argument.removeprefix("--").split("=", 1) for argument in rest)
+        assert set(flags) <= {"config", "workdir", "seeds", "shard"}
+        assert grid.load(flags["config"], overrides, int(flags.get("seeds", 1)))[1]
 
 
 def test_scaling_keeps_heads_as_wide():
@@ -104,6 +127,7 @@ def test_scaling_keeps_heads_as_wide():
 
 @pytest.mark.parametrize("argument, message", [
     ("data_size.py:small", "takes 'full' or 'cpu', not 'small'"),
+    ("few_labels.py:cpu", "say which size and the workdir"),
     ("position.py:B/99", "unknown row 'B/99'"),
 ])
 def test_unknown_sizes_of_ablations(argument, message):

@@ -70,7 +70,8 @@ def test_outside_of_the_blocks():
 def test_a_model_without_blocks():
     """Of a ResNet all is outside; a unit keeps at least the input of each of its convolutions."""
     model = create_model("R50x1", num_classes=10, stages=(1,), dtype=jnp.dtype("float32"))
-    kept = residuals(model, params_shapes(model, (32, 32)), (32, 32), make_loss_sum(model, base_config()))
+    loss_sum = make_loss_sum(model, base_config())
+    kept = residuals(model, params_shapes(model, (32, 32)), (32, 32), loss_sum)
     assert kept.blocks == 0 and not kept.block
     inputs = 32 * 32 * 3 + 8 * 8 * 64 * 3  # the root; two 1x1 and one 3x3 of the only unit
     assert per_image(kept.outside) >= 4 * inputs

@@ -77,6 +77,14 @@ def test_activations_follow_batch_and_mesh():
     assert outside < split <= 2 * outside
 
 
+def test_masked_patches():
+    """Their loss reads a prediction of 512 classes for each of 16 patches: in float32 at least the
+    logits' exponentials are kept."""
+    config = configure(**SMALL, **SCAN, task="masked_patches", model__remat="full")
+    blocks = 2 * 8 * 17 * 32 * 4
+    assert planned(config).kept > blocks + 8 * 16 * 512 * 4
+
+
 def test_accumulation_keeps_a_sum_of_gradients():
     memory = planned(configure(**SMALL, accumulation_steps=2))
     assert memory.gradients == 2 * memory.params
@@ -120,8 +128,8 @@ def test_mesh_of_devices_that_are_not_there(mesh, devices, sizes):
 
 
 @pytest.mark.parametrize("settings, devices, message", [
-    (dict(mesh__fsdp=3), 8, "does not fit --devices=8; choose sizes whose product is 8"),
-    (dict(mesh__data=4), 8, "does not fit --devices=8"),
+    (dict(mesh__fsdp=3), 8, "does not fit 8 devices; choose sizes whose product is 8"),
+    (dict(mesh__data=4), 8, "does not fit 8 devices"),
     ({}, 256, "config.batch_size=64 is not divisible by 256"),
 ])
 def test_meshes_that_cannot_be(settings, devices, message):

@@ -67,17 +67,16 @@ FULL = dict(SCAN, model__remat="full")
     (SCAN, -0.08),
     (dict(SCAN, model__remat="dots"), -0.08),
     (dict(SCAN, model__remat="names"), -0.08),
-    (FULL, -0.3),
+    (FULL, -0.2),
     (dict(SCAN, accumulation_steps=4), -0.08),
     (dict(SCAN, mesh__fsdp=8), -0.08),
-    (dict(FULL, mesh__fsdp=8), -0.3),
+    (dict(FULL, mesh__fsdp=8), -0.2),
     (dict(SCAN, mesh__fsdp=2, mesh__tensor=2), -0.08),
     (dict(SCAN, mesh__tensor=2), -0.08),
 ], ids=str)
-@pytest.mark.parametrize("variant", ["S/16", "B/16"])
-def test_cpu(variant, settings, low):
+def test_cpu(settings, low):
     planned, compiled = compare(
-        configure(variant, batch_size=128, model__num_layers=6, **settings), jax.devices())
+        configure("S/16", batch_size=128, model__num_layers=6, **settings), jax.devices())
     assert low < planned / compiled - 1 < 0.08
 
 
@@ -85,9 +84,18 @@ B16 = dict(batch_size=512, dtype="bfloat16")
 H14 = dict(SCAN, batch_size=256, dtype="bfloat16", mesh__fsdp=8)
 
 
+GPU_COMPILER = pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda12_plugin"),
+    reason="needs jax-cuda12-plugin, whose compiler it asks")
+
+
+def eight_h100():
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=H100, topology="1x1x8").devices
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"),
-                    reason="needs jax-cuda12-plugin, whose compiler it asks")
+@GPU_COMPILER
 @pytest.mark.parametrize("variant, settings", [
     ("B/16", B16),
     ("B/16", B16 | SCAN),
@@ -107,7 +115,13 @@ H14 = dict(SCAN, batch_size=256, dtype="bfloat16", mesh__fsdp=8)
     ("R50x1", B16),
 ], ids=str)
 def test_gpu(variant, settings):
-    devices = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=H100, topology="1x1x8").devices
-    planned, compiled = compare(configure(variant, **settings), devices)
+    planned, compiled = compare(configure(variant, **settings), eight_h100())
     assert -0.1 < planned / compiled - 1 < 0.16
+
+
+@pytest.mark.slow
+@GPU_COMPILER
+def test_gpu_undoes_remat_without_a_loop():
+    """What the plan's note warns of; where this fails, the note can go."""
+    planned, compiled = compare(configure("B/16", **B16, model__remat="full"), eight_h100())
+    assert compiled > 1.5 * planned

@@ -80,6 +80,8 @@ def run_all(
     failed, busy = [], []
     write_tables(workdir, sweep, every)
     for number, run in enumerate(mine, start=1):
+        if stopping.signal:
+            break
         title = f"[{number}/{len(mine)}] {run.name}:"
         where = folder(workdir, run)
         where.mkdir(parents=True, exist_ok=True)
@@ -91,10 +93,10 @@ def run_all(
                 print(title, f"running; its output goes to {where / 'log.txt'}", flush=True)
                 begin = time.monotonic()
                 problem = _run(argument, where, run, stopping, lock)
-                if stopping.signal:
-                    return failed, busy
                 if problem is None:
                     results.record(workdir, run)
+                elif stopping.signal:
+                    break
         except Busy:
             print(title, "is being run by another process", flush=True)
             busy.append(run.name)

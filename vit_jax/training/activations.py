@@ -101,20 +101,10 @@ def residuals(
              if op.name == "scan" and op.equation.params["length"] == length]
     stacked, block, block_fused = set(), [], []
     for loop in loops:
-        body = _body(loop.equation.params)
-        # Told apart by their layer axis, since JAX's versions write loops differently.
-        is_stacked = [
-            out.aval.shape[:1] == (length,) and out.aval.ndim > inner.aval.ndim
-            for out, inner in zip(loop.equation.outvars, body.outvars, strict=True)]
-        carried = is_stacked.count(False)
-        is_scanned = [
-            outer.aval.ndim > inner.aval.ndim
-            for outer, inner in zip(loop.equation.invars, body.invars, strict=True)]
-        constants = is_scanned.count(False) - carried
-        weights = [*body.invars[:constants], *body.invars[constants + carried:]]
-        inside = _Program(body, given=[*weights, *body.constvars])
+        inside, carried = _loop_body(loop.equation)
+        body = inside.jaxpr.outvars[carried:]
         left = []
-        for output, variable in zip(loop.outputs[carried:], body.outvars[carried:], strict=True):
+        for output, variable in zip(loop.outputs[carried:], body, strict=True):
             if output in outputs:
                 stacked.add(output)
                 if not isinstance(variable, Literal):
@@ -123,6 +113,20 @@ def residuals(
         block_fused += inside.kept(left)
     outside = program.kept([v for v in outputs if v not in stacked], stacked)
     return Residuals(length, _arrays(block), _arrays(block_fused), _arrays(outside))
+
+
+def _loop_body(equation) -> tuple["_Program", int]:
+    """One turn of a loop, to which its weights are given, and how many of its results are carried
+    to the next; the others are stacked. JAX's versions say this differently, so it is read off the
+    axis that stacked arrays have more."""
+    body = _body(equation.params)
+    carried = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(
+        equation.outvars, body.outvars, strict=True))
+    whole = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(
+        equation.invars, body.invars, strict=True))
+    constants = whole - carried
+    weights = [*body.invars[:constants], *body.invars[whole:]]
+    return _Program(body, given=[*weights, *body.constvars]), carried
 
 
 def _arrays(values: Iterable["_Value"]) -> tuple[Array, ...]:
@@ -163,6 +167,7 @@ class _Program:
     operations once, as compilers have it. `given` are the variables that cost nothing to keep."""
 
     def __init__(self, jaxpr, given=None):
+        self.jaxpr = jaxpr
         self.operations: list[_Operation] = []
         self.values = {v: _Value(v.aval) for v in [*jaxpr.constvars, *jaxpr.invars]}
         self._given = {self.values[v] for v in (self.values if given is None else given)}

@@ -14,14 +14,13 @@ import ml_collections
 from jax.sharding import AbstractMesh
 
 from vit_jax.config import image_size
-from vit_jax.errors import UserError
-from vit_jax.models.masked import MaskedPatchModel
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import masked_patches, parallel, partition
+from vit_jax.training import parallel, partition
 from vit_jax.training.activations import Array, Residuals, residuals
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import TrainState, build_model, make_init, params_shapes
-from vit_jax.training.step import make_loss_sum, make_train_step
+from vit_jax.training.step import make_train_step
+from vit_jax.training.task import make_task_loss
 
 # From the least to the most that is computed twice.
 _REMAT = ("none", "dots", "names", "full")
@@ -161,7 +160,7 @@ class Planner:
         if self._has_blocks:
             model = model.clone(scan_layers=True, remat=remat)
         return residuals(model, params_shapes(model, self._size), self._size,
-                         _loss_sum(model, self._config))
+                         make_task_loss(model, self._config))
 
     def _activations(self, config, mesh, images) -> tuple[int, int]:
         """Bytes kept from the forward to the backward pass, and while a block is in it."""
@@ -212,16 +211,7 @@ def resolve_mesh(config: ml_collections.ConfigDict, devices: int) -> AbstractMes
     Raises:
       UserError: the sizes do not multiply to the number of devices, or do not divide the batch.
     """
-    sizes = [config.mesh[axis] for axis in partition.AXES]
-    if sizes[0] == -1:
-        sizes[0] = max(1, devices // math.prod(sizes[1:]))
-    if math.prod(sizes) != devices:
-        raise UserError(
-            f"config.mesh with data={config.mesh.data}, fsdp={sizes[1]}, tensor={sizes[2]} does "
-            f"not fit --devices={devices}; choose sizes whose product is {devices}, or data=-1 "
-            "with fsdp * tensor a divisor of it."
-        )
-    mesh = AbstractMesh(tuple(sizes), partition.AXES)
+    mesh = AbstractMesh(partition.mesh_sizes(config, devices), partition.AXES)
     parallel.check_devices(config, mesh)
     return mesh
 
@@ -248,19 +238,14 @@ def compiled_bytes(
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state, shardings)
+    loss_sum = make_task_loss(model, config)
     step = jax.jit(
-        make_train_step(_loss_sum(model, config), optimizer, schedule, config), donate_argnums=0,
+        make_train_step(loss_sum, optimizer, schedule, config), donate_argnums=0,
         out_shardings=(shardings, partition.replicated(mesh)))
     with jax.set_mesh(mesh):
         found = step.lower(state, batch).compile().memory_analysis()
     return (found.argument_size_in_bytes + found.temp_size_in_bytes
             + found.output_size_in_bytes - found.alias_size_in_bytes)
-
-
-def _loss_sum(model, config):
-    if isinstance(model, MaskedPatchModel):
-        return masked_patches.make_loss_sum(model, config.masked.rate)
-    return make_loss_sum(model, config)
 
 
 def _powers_of_two(number):

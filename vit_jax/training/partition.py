@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,18 +34,27 @@ def make_mesh(config: ml_collections.ConfigDict, devices=None) -> Mesh:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.mesh[axis] for axis in AXES]
-    inner = sizes[1] * sizes[2]
-    if sizes[0] == -1:
-        sizes[0] = max(1, len(devices) // inner)
-    if np.prod(sizes) != len(devices):
-        raise UserError(
-            f"config.mesh with data={config.mesh.data}, fsdp={sizes[1]}, tensor={sizes[2]} does "
-            f"not fit {len(devices)} devices; choose sizes whose product is {len(devices)}, or "
-            "data=-1 with fsdp * tensor a divisor of it."
-        )
+    sizes = mesh_sizes(config, len(devices))
     # Auto: the compiler propagates shardings. make_mesh's default would ask the model for them.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_sizes(config: ml_collections.ConfigDict, devices: int) -> tuple[int, int, int]:
+    """`config.mesh` for so many devices, its -1 filled in.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    data, fsdp, tensor = (config.mesh[axis] for axis in AXES)
+    if data == -1:
+        data = max(1, devices // (fsdp * tensor))
+    if data * fsdp * tensor != devices:
+        raise UserError(
+            f"config.mesh with data={config.mesh.data}, fsdp={fsdp}, tensor={tensor} does not fit "
+            f"{devices} devices; choose sizes whose product is {devices}, or data=-1 with fsdp * "
+            "tensor a divisor of it."
+        )
+    return data, fsdp, tensor
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
