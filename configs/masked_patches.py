@@ -70,10 +70,10 @@ def get_config(argument: str = ""):
 
 
 def _cpu(config, source):
-    config.epochs = 10
+    config.epochs = 5
     config.batch_size = 128
     config.log_every = 50
-    config.eval_every = 1000
+    config.eval_every = 500
     config.checkpoint_every = 1000
 
     config.model.variant = "Ti/16"

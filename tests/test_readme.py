@@ -65,11 +65,16 @@ def test_every_recipe_is_tested_and_in_the_readme():
         assert f"configs/{name}" in README
 
 
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
-    assert targets
-    for target in targets:
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))],
+                         ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_readme():
+    for page in ROOT.glob("docs/*.md"):
+        assert f"(docs/{page.name})" in README
 
 
 @pytest.mark.parametrize("script", [".ci/run", "launch/local.sh"])

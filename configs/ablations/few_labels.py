@@ -45,7 +45,7 @@ def get_config(argument: str = ""):
     config.epochs = None
     config.total_steps = 30_000
     if size == "cpu":
-        config.total_steps = 600
+        config.total_steps = 300
         config.batch_size = 64
         config.eval_every = 0
         config.checkpoint_every = 0

@@ -276,7 +276,6 @@ def reference(one_device):
 
 @core
 @pytest.mark.parametrize("settings", [
-    dict(mesh=(8, 1, 1)),
     dict(mesh=(1, 8, 1), accumulation_steps=2),
     dict(mesh=(2, 2, 2), accumulation_steps=4),
 ], ids=str)
