@@ -15,6 +15,7 @@ from vit_jax.data.known import known_size
 from vit_jax.data.sources import open_splits
 from vit_jax.devices import DEVICES, Device, named, train_flops
 from vit_jax.errors import UserError
+from vit_jax.models.attention import cudnn_lacks
 from vit_jax.models.summary import Summary, summarize
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training.memory import Memory, Planner, compiled_bytes, resolve_mesh
@@ -187,19 +188,11 @@ def attention_kernel(
     tokens = ((height // multiple) * (width // multiple) + model.register_tokens
               + ("token" in model.classifier))
     head_dim = model.hidden_size // model.num_heads
-    reason = ""
+    reason = cudnn_lacks(config.dtype, head_dim, model.attention_dropout_rate,
+                         model.position_embedding == "relative")
     if not device.is_nvidia:
         reason = "cuDNN's kernel needs an NVIDIA GPU"
-    elif config.dtype != "bfloat16":
-        reason = f"cuDNN's kernel needs dtype bfloat16, not {config.dtype}"
-    elif model.position_embedding == "relative":
-        reason = "cuDNN's kernel has no learned relative positions"
-    elif model.attention_dropout_rate:
-        reason = "JAX offers no attention dropout with cuDNN's kernel"
-    elif head_dim % 8 or head_dim > 128:
-        reason = ("cuDNN's kernel needs heads of a width that is a multiple of 8 and at most 128, "
-                  f"not {head_dim}")
-    elif tokens % 2:
+    elif not reason and tokens % 2:
         reason = f"JAX trains cuDNN's kernel on even numbers of tokens only, not {tokens}"
     if reason and requested == "cudnn":
         raise UserError(f"config.model.attention_implementation='cudnn' cannot be used: {reason}; "

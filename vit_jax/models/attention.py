@@ -55,6 +55,21 @@ def _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions):
     numbers = re.fullmatch(r"(\d+)\.\d+", capability)
     if not numbers or int(numbers[1]) < 8:
         return "cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 or later"
+    if reason := cudnn_lacks(dtype, head_dim, dropout_rate, relative_positions):
+        return reason
+    # The rest is up to the versions of JAX and cuDNN, and JAX says so when it traces the gradient.
+    # (0.10 to 0.12 refuse odd lengths there.)
+    heads = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
+    try:
+        jax.eval_shape(jax.grad(lambda x: _cudnn_attention(x, x, x).sum()), heads)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return f"JAX refuses cuDNN's kernel: {str(error).splitlines()[0].rstrip('.')}"
+    return ""
+
+
+def cudnn_lacks(dtype: Any, head_dim: int, dropout_rate: float, relative_positions: bool) -> str:
+    """What rules out cuDNN's kernel on any GPU; '' if nothing does. Arguments are those of
+    `choose_implementation`."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's kernel needs dtype bfloat16, not {jnp.dtype(dtype).name}"
     if relative_positions:
@@ -64,13 +79,6 @@ def _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions):
     if head_dim % 8 or head_dim > 128:
         return (f"cuDNN's kernel needs heads of a width that is a multiple of 8 and at most 128, "
                 f"not {head_dim}")
-    # The rest is up to the versions of JAX and cuDNN, and JAX says so when it traces the gradient.
-    # (0.10 to 0.12 refuse odd lengths there.)
-    heads = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
-    try:
-        jax.eval_shape(jax.grad(lambda x: _cudnn_attention(x, x, x).sum()), heads)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        return f"JAX refuses cuDNN's kernel: {str(error).splitlines()[0].rstrip('.')}"
     return ""
 
 
