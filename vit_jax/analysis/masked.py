@@ -119,7 +119,7 @@ def picture(result: Reconstruction) -> Figure:
     """One row an image: whole, corrupted, the colours to predict, the colours predicted."""
     count = len(result.images)
     aspect = result.images.shape[1] / result.images.shape[2]
-    figure = Figure(figsize=(4 * _SIDE, count * (_SIDE * aspect + 0.25) + 0.6),
+    figure = Figure(figsize=(4 * _SIDE, count * (_SIDE * aspect + 0.05) + 0.6),
                     layout="constrained")
     share = result.right[result.corrupted].mean()
     masked = int(result.corrupted[0].sum())

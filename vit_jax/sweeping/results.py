@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from vit_jax import config as config_lib
@@ -152,15 +153,18 @@ def _figure(sweep, cells) -> Figure:
             axes.errorbar(x, mean, deviation, label=row, marker="o", markersize=4, capsize=2,
                           linestyle="-" if numbers else "none")
     xlabel = sweep.columns
-    if sweep.x == "flops":
-        xlabel = "forward FLOPs of one image"
-    if numbers:
-        axes.set_xscale("log")
-    else:
+    if not numbers:
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.5, len(labels) - 0.5)
-    if numbers and sweep.x == "columns":
+    elif sweep.x == "columns":
+        axes.set_xscale("log")
         axes.set_xticks(labels, map(str, labels))
+        axes.minorticks_off()
+    else:
+        xlabel = "forward FLOPs of one image"
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter())
         axes.minorticks_off()
     axes.set(title=sweep.title, xlabel=xlabel, ylabel=f"{sweep.metric} (%)")
     axes.grid(alpha=0.3)
