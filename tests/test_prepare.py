@@ -278,7 +278,8 @@ def test_killed_at_any_moment(many, tmp_path):
 
     main([*flags, f"--out={tmp_path}"])
     assert contents(tmp_path) == expected
-    assert complete.items() <= finished(tmp_path).items()  # not done again
+    # Not done again, save for one file a worker: it had its name, and was not noted yet.
+    assert len(complete.items() - finished(tmp_path).items()) <= 2
     main([*flags, f"--out={tmp_path}"])  # nor anything else, when all is there
     assert contents(tmp_path) == expected
 

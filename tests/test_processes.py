@@ -13,8 +13,6 @@ from processes import finish, free_port, start, wait_for_step
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.core
-
 TINY = f"--config={Path(__file__).parent / 'tiny.py'}"
 
 # Everything random at once, long enough to be interrupted.
@@ -100,6 +98,7 @@ def test_resumed_by_one_and_by_four_processes(tmp_path):
         list(losses(workdir).values()), list(losses(one).values()), rtol=1e-5)
 
 
+@pytest.mark.core
 def test_a_process_that_dies_ends_the_others(tmp_path):
     command = [TINY, "--config.total_steps=100_000", "--config.log_every=10",
                f"--workdir={tmp_path / 'run'}"]  # fmt: skip
@@ -114,6 +113,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert time.monotonic() - begin < 100  # the heartbeat's minute, and some
 
 
+@pytest.mark.core
 def test_processes_that_disagree(tmp_path):
     """One sentence each, at once, from all of them."""
     workdir = tmp_path / "run"

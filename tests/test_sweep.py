@@ -15,7 +15,6 @@ from vit_jax.sweep import main
 from vit_jax.sweeping.execution import Busy, Stopping, locked
 from vit_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.core
 ROOT = Path(__file__).parent.parent
 
 

@@ -277,7 +277,7 @@ def reference(one_device):
 @core
 @pytest.mark.parametrize("settings", [
     dict(mesh=(1, 8, 1), accumulation_steps=2),
-    dict(mesh=(2, 2, 2), accumulation_steps=4),
+    pytest.param(dict(mesh=(2, 2, 2), accumulation_steps=4), marks=pytest.mark.slow),
 ], ids=str)
 def test_same_losses_on_every_mesh_and_in_parts(reference, settings):
     """SGD without dropout: only float32 rounding may differ."""
