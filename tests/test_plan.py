@@ -293,7 +293,11 @@ def test_the_documented_example():
     run = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True,
                          env=os.environ | {"JAX_PLATFORMS": "tpu"}, text=True, check=False)
     assert run.returncode == 0 and not run.stderr, run.stderr
-    assert run.stdout.strip() == shown.strip()
+    lines = [[line.strip() for line in text.strip().splitlines()] for text in (run.stdout, shown)]
+    if not jax.__version__.startswith("0.10."):  # later ones keep less for a GELU, as the page says
+        lines = [[line for line in text if not re.match("activations|one block|total", line)]
+                 for text in lines]
+    assert lines[0] == lines[1]
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 * 2**20  # KiB: 3 GiB
 
 

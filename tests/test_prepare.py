@@ -30,8 +30,6 @@ from vit_jax.errors import UserError
 from vit_jax.main import main as train
 from vit_jax.prepare import main
 
-pytestmark = pytest.mark.core
-
 ROOT = Path(__file__).parent.parent
 
 

@@ -13,8 +13,6 @@ from vit_jax.data import pipeline, randaugment
 from vit_jax.data.randaugment import OPERATIONS
 from vit_jax.data.records import Record
 
-pytestmark = pytest.mark.core
-
 SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 # What google-research/big_vision's pp/archive/autoaugment.py makes of `ramps()` at magnitude 10 and

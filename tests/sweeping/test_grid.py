@@ -11,7 +11,6 @@ from vit_jax.errors import UserError
 from vit_jax.sweeping import grid
 from vit_jax.training.state import build_model
 
-pytestmark = pytest.mark.core
 TESTS = Path(__file__).parent.parent
 ABLATIONS = TESTS.parent / "configs" / "ablations"
 FILES = sorted(path.name for path in ABLATIONS.glob("*.py"))

@@ -12,8 +12,6 @@ from vit_jax.errors import UserError
 from vit_jax.sweeping import results
 from vit_jax.sweeping.grid import Run, Sweep
 
-pytestmark = pytest.mark.core
-
 
 @pytest.fixture
 def make(tmp_path, tiny_config):

@@ -4,8 +4,6 @@ from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 from vit_jax.data.preparing.checksum import crc32c
 
-pytestmark = pytest.mark.core
-
 
 def test_published_values():
     """RFC 3720, B.4, and the check value of every table of CRCs."""

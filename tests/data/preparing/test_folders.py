@@ -5,8 +5,6 @@ from vit_jax.data.preparing.folders import FolderInput
 from vit_jax.data.sources import open_splits
 from vit_jax.errors import UserError
 
-pytestmark = pytest.mark.core
-
 
 def fill(root, count, splits=("",), classes=("cat", "big dog", "Übel")):
     for split in splits:

@@ -9,8 +9,6 @@ from vit_jax.data.preparing.tars import TarInput
 from vit_jax.data.preparing.tfrecord import TfrecordInput
 from vit_jax.errors import UserError
 
-pytestmark = pytest.mark.core
-
 
 def write_folder(root):
     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg"):

@@ -5,8 +5,6 @@ from vit_jax.data.preparing.imagenet import DEVKIT, TRAIN, VALIDATION, class_nam
 from vit_jax.errors import UserError
 from vit_jax.predict import imagenet_classes
 
-pytestmark = pytest.mark.core
-
 
 def test_labels_and_images(tmp_path):
     source = open_imagenet(str(write_imagenet(tmp_path)))

@@ -20,8 +20,6 @@ from vit_jax.data.preparing.shards import (
 )
 from vit_jax.errors import UserError
 
-pytestmark = pytest.mark.core
-
 
 @pytest.fixture
 def preparation(tmp_path):

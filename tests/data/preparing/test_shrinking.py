@@ -10,8 +10,6 @@ from vit_jax.data.decode import BadImageError, decode_image
 from vit_jax.data.preparing import shrinking
 from vit_jax.data.preparing.shrinking import fit_image
 
-pytestmark = pytest.mark.core
-
 
 def fit(data, resize=None, quality=95):
     return fit_image(data, resize=resize, quality=quality)

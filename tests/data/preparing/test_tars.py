@@ -8,8 +8,6 @@ from vit_jax.data.decode import BadImageError
 from vit_jax.data.preparing.tars import Archive, members, open_class_tars
 from vit_jax.errors import UserError
 
-pytestmark = pytest.mark.core
-
 
 def items(source, split="train"):
     """{origin: (image, label)}"""

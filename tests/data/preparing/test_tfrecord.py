@@ -8,8 +8,6 @@ from vit_jax.data.decode import BadImageError
 from vit_jax.data.preparing.tfrecord import TfrecordInput
 from vit_jax.errors import UserError
 
-pytestmark = pytest.mark.core
-
 
 def refusal(folder):
     with pytest.raises(UserError) as error:
