@@ -13,7 +13,6 @@ from vit_jax.errors import UserError
 from vit_jax.main import main
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 
-pytestmark = pytest.mark.core
 TINY = "--config=tests/tiny.py"
 
 

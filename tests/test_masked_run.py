@@ -20,7 +20,6 @@ from vit_jax.masked import main as draw
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.probe import main as probe
 
-pytestmark = pytest.mark.core
 MASKED = ["--config.task=masked_patches", "--config.model.patch_size=2",
           "--config.model.num_layers=1", "--config.optimizer.name=adamw",
           "--config.optimizer.learning_rate=0.01"]
