@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from vit_jax.checkpoints.adapt import flatten
 from vit_jax.config import image_size, validate
 from vit_jax.data.decode import decode_image
 from vit_jax.data.pipeline import BadImages
 from vit_jax.data.sources import open_eval
 from vit_jax.errors import UserError
-from vit_jax.evaluate import make_evaluator
+from vit_jax.evaluate import evaluate_checkpoint, make_evaluator
 from vit_jax.training import partition
 from vit_jax.training.state import build_model, params_shapes
 from vit_jax.training.step import normalize
@@ -101,3 +102,12 @@ def test_an_empty_split_is_an_error(tiny_config, source):
     empty.__dict__.update(source.__dict__)
     with pytest.raises(UserError, match="no image that can be evaluated"):
         evaluate(tiny_config, empty, bad_images=BadImages("skip"))
+
+
+def test_a_checkpoint_without_a_head(tiny_config, tmp_path):
+    """Whoever trained it, not only masked patch prediction."""
+    config = validate(tiny_config)
+    np.savez(tmp_path / "features.npz",
+             **flatten(random_params(build_model(config, 0, (8, 8)), (8, 8))))
+    with pytest.raises(UserError, match="features.npz has no classes to evaluate; probe its fea"):
+        evaluate_checkpoint(config, tmp_path / "features.npz")

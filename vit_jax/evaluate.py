@@ -137,19 +137,18 @@ def evaluate_checkpoint(
       ema: its averaged weights.
 
     Raises:
-      UserError: no checkpoint, or data with other classes than the checkpoint's.
+      UserError: no checkpoint, one without a head, or data with other classes than its own.
     """
     contents = read(path, checkpoint=which, ema=ema)
+    if not contents.fields["num_classes"]:
+        raise UserError(
+            f"{contents.report.source} has no classes to evaluate; probe its features with "
+            "python -m vit_jax.probe, or fine-tune it with --config.init."
+        )
     size = config_lib.image_size(config)
     source = open_eval(
         config.data.source, dir=config.data.dir, eval_split=config.data.eval_split,
         image_size=size)
-    if config.task == "masked_patches":
-        raise UserError(
-            f"{contents.report.source} was trained to predict masked patches and has no classes to "
-            "evaluate; probe its features with python -m vit_jax.probe, or fine-tune it with "
-            "--config.init."
-        )
     known = contents.class_names
     if (known or source.class_names) != source.class_names or (
             contents.fields["num_classes"] != len(source.class_names)):
