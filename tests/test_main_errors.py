@@ -100,6 +100,13 @@ def test_a_workdir_that_is_a_file(tmp_path, mode, below):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("flag", ["--ema", "--checkpoint=best"])
+def test_training_with_flags_of_evaluation(tmp_path, flag):
+    text = refusal(f"--workdir={tmp_path / 'run'}", flag)
+    assert text.startswith(f"{flag} says what --mode=evaluate evaluates")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("arguments", [[], [TINY]])
 def test_evaluating_nothing(tmp_path, arguments):
     """Neither with the workdir's own config nor with a recipe."""

@@ -47,6 +47,10 @@ def main(arguments: list[str]) -> None:
     if workdir is None and (flags.mode == "train" or "init" not in overrides):
         raise UserError("--workdir=DIR is missing" + (
             "." if flags.mode == "train" else ", or --config.init=CHECKPOINT instead of it."))
+    if flags.mode == "train" and (flags.ema or flags.checkpoint == "best"):
+        flag = "--ema" if flags.ema else "--checkpoint=best"
+        raise UserError(f"{flag} says what --mode=evaluate evaluates, and training continues from "
+                        "the last checkpoint; leave it out, or add --mode=evaluate.")
     if flags.config:
         settings = cli.load_config(flags.config)
     elif flags.mode == "evaluate" and workdir:
