@@ -10,7 +10,8 @@ import pytest
 
 from vit_jax import cli
 from vit_jax.cli import apply_overrides, load_config, run_command, split_overrides
-from vit_jax.config import FIELDS, base_config, flatten
+from vit_jax.config import base_config, flatten
+from vit_jax.config_keys import FIELDS
 from vit_jax.errors import UserError
 from vit_jax.main import main
 

@@ -21,7 +21,8 @@ from typing import Any
 import ml_collections
 
 from vit_jax.buckets import refuse_bucket
-from vit_jax.config import FIELDS, from_json, parse_value, set_value
+from vit_jax.config import from_json, parse_value, set_value
+from vit_jax.config_keys import FIELDS
 from vit_jax.errors import UserError
 
 # Process 0 ends last: without it the others are cut off before they can say what they failed of.

@@ -13,6 +13,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from vit_jax import config as config_lib
+from vit_jax.config_keys import RESUMABLE
 from vit_jax.errors import UserError
 from vit_jax.models.summary import summarize
 from vit_jax.sweeping.grid import Run, Sweep, folder
@@ -22,7 +23,7 @@ from vit_jax.training.state import model_from_json
 from vit_jax.training.workdir import write_atomically
 
 RESULT = "result.json"
-_MAY_DIFFER = set(config_lib.RESUMABLE) - {"total_steps", "epochs"}
+_MAY_DIFFER = set(RESUMABLE) - {"total_steps", "epochs"}
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100,
           "font.size": 9, "font.family": "DejaVu Sans"}  # a font that comes with matplotlib
 

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 
 from vit_jax import config as config_lib
+from vit_jax.config_keys import RESUMABLE
 from vit_jax.errors import UserError
 from vit_jax.training import distributed
 
@@ -27,7 +28,7 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
     changed = {}
     if path.exists():
         changed = config_lib.differences(config, read_config(workdir))
-        _refuse({k: v for k, v in changed.items() if k not in config_lib.RESUMABLE}, workdir)
+        _refuse({k: v for k, v in changed.items() if k not in RESUMABLE}, workdir)
     distributed.barrier("config.json was read")
     if distributed.is_main():
         try:

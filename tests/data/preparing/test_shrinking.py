@@ -5,7 +5,7 @@ import pytest
 from image_files import encode, photo
 from PIL import Image
 
-from vit_jax.config import FIELDS
+from vit_jax.config_keys import FIELDS
 from vit_jax.data.decode import BadImageError, decode_image
 from vit_jax.data.preparing import shrinking
 from vit_jax.data.preparing.shrinking import fit_image
