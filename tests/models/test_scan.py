@@ -24,6 +24,19 @@ def loss_and_gradients(model, params, images):
     return logits, gradients
 
 
+def assert_computes(model, params, images, logits, gradients):
+    """These logits and gradients, in whichever layout the model has; all trees are unstacked."""
+    given = stack_blocks(params) if model.scan_layers else params
+    got_logits, got_gradients = loss_and_gradients(model, given, images)
+    if model.scan_layers:
+        got_gradients = unstack_blocks(got_gradients)
+    np.testing.assert_allclose(got_logits, logits, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        got_gradients, gradients,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def loop():
     images = pixels()
@@ -38,15 +51,7 @@ def loop():
 def test_layouts_and_remat_compute_the_same(scan_layers, remat, loop):
     images, params, logits, gradients = loop
     model = tiny(scan_layers=scan_layers, remat=remat)
-    given = stack_blocks(params) if scan_layers else params
-    got_logits, got_gradients = loss_and_gradients(model, given, images)
-    if scan_layers:
-        got_gradients = unstack_blocks(got_gradients)
-    np.testing.assert_allclose(got_logits, logits, rtol=1e-5, atol=1e-5)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-        got_gradients, gradients,
-    )  # fmt: skip
+    assert_computes(model, params, images, logits, gradients)
 
 
 @pytest.mark.parametrize("place", ["every_layer", "every_layer_shared"])
@@ -57,15 +62,7 @@ def test_positions_in_every_layer_are_the_same_in_all_layouts(place, scan_layers
     params = random_params(plain, 8, 8)
     logits, gradients = loss_and_gradients(plain, params, images)
     model = tiny(position_embedding_at=place, scan_layers=scan_layers, remat=remat)
-    given = stack_blocks(params) if scan_layers else params
-    got_logits, got_gradients = loss_and_gradients(model, given, images)
-    if scan_layers:
-        got_gradients = unstack_blocks(got_gradients)
-    np.testing.assert_allclose(got_logits, logits, rtol=1e-5, atol=1e-5)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-        got_gradients, gradients,
-    )  # fmt: skip
+    assert_computes(model, params, images, logits, gradients)
 
 
 def test_remat_recomputes_what_it_says():
