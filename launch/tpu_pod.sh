@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice of one or more hosts (gcloud and ssh-add must be set up): the same command on every host.
+# A Cloud TPU slice of one or more hosts: the same command on every host. gcloud and ssh-add must
+# be set up.
 #
 #   launch/tpu_pod.sh setup NAME ZONE       # copies this checkout's last commit, installs it
 #   launch/tpu_pod.sh run NAME ZONE --config=configs/pretrain_i1k.py:S/16,90 \
