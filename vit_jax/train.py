@@ -194,6 +194,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
 
 
 def _probe_sources(config, size, train_source, eval_source):
+    """(training, evaluation) data of the probes: the run's own, or that of probes.source."""
     if config.probes.source is None:
         return train_source, eval_source
     return open_splits(config.probes.source, dir=config.data.dir, train_split=None,
