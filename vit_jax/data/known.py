@@ -2,8 +2,10 @@
 
 import re
 
-# TFDS name: (images of each split, classes), by the TFDS catalog. imagenet21k has no public builder
-# there; these are the counts of the Fall 2011 release on image-net.org.
+# TFDS name: (images of each split, classes), as in www.tensorflow.org/datasets/catalog/NAME; the
+# test split of imagenet2012 is left out, since it has no labels. imagenet21k is not in the catalog:
+# these are the counts that en.wikipedia.org/wiki/ImageNet gives for the whole, those of the Fall
+# 2011 release. Google's own copy has 21,843 classes (big_vision/configs/vit_i21k.py).
 _DATA_SETS = {
     "cifar10": ({"train": 50_000, "test": 10_000}, 10),
     "cifar100": ({"train": 50_000, "test": 10_000}, 100),
