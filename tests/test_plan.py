@@ -144,9 +144,10 @@ def test_recomputed_flops_are_those_of_the_gradient(remat):
     gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(
         model.apply({"params": params}, images, train=True)[:, 0])))(params)
     summary = summarize(model, (8, 8))
-    # The patches are a convolution, and of the images nobody wants the gradient.
-    dense = summary.flops - next(row.flops for row in summary.rows if row.path == "embedding")
-    assert products(gradient.jaxpr) == 3 * dense + recomputed_flops(summary, remat)
+    # Of the images nobody wants the gradient.
+    embedding = next(row.flops for row in summary.rows if row.path == "embedding")
+    expected = 3 * summary.flops - embedding + recomputed_flops(summary, remat)
+    assert products(gradient.jaxpr) == expected
     scanned = summarize(model.clone(scan_layers=True), (8, 8))
     assert recomputed_flops(scanned, remat) == recomputed_flops(summary, remat)
 
@@ -155,11 +156,12 @@ TINY = [f"--config={ROOT}/tests/tiny.py"]
 
 
 def test_a_plan_that_does_not_fit(capsys):
-    arguments = [RECIPE, "--device=h200", "--devices=8"]
+    arguments = [RECIPE, "--device=l4", "--devices=8"]
     text = printed(capsys, *arguments)
     assert re.search(r"verdict +does not fit\n", text)
     flags = re.search(r"The smallest change that fits \(.* GiB\): (.*)", text)[1].split()
-    assert flags == ["--config.mesh.fsdp=2", "--config.model.remat=dots"]
+    assert flags == ["--config.accumulation_steps=2", "--config.mesh.fsdp=2",
+                     "--config.model.remat=full"]
     text = printed(capsys, *arguments, *flags)
     assert re.search(r"verdict +fits\n", text) and "Nothing to change." in text
 
@@ -294,9 +296,6 @@ def test_the_documented_example():
                          env=os.environ | {"JAX_PLATFORMS": "tpu"}, text=True, check=False)
     assert run.returncode == 0 and not run.stderr, run.stderr
     lines = [[line.strip() for line in text.strip().splitlines()] for text in (run.stdout, shown)]
-    if not jax.__version__.startswith("0.10."):  # later ones keep less for a GELU, as the page says
-        lines = [[line for line in text if not re.match("activations|one block|total", line)]
-                 for text in lines]
     assert lines[0] == lines[1]
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 * 2**20  # KiB: 3 GiB
 

@@ -24,6 +24,7 @@ from vit_jax.buckets import refuse_bucket
 from vit_jax.config import from_json, parse_value, set_value
 from vit_jax.config_keys import FIELDS
 from vit_jax.errors import UserError
+from vit_jax.host_memory import keep_freed_memory
 
 # Process 0 ends last: without it the others are cut off before they can say what they failed of.
 _LAST_WORDS_SECONDS = 2
@@ -43,6 +44,7 @@ def run_command(command: Callable[[list[str]], None]) -> None:
     """Runs `command(arguments)` and exits: 0 only on success, mistakes as a sentence on stderr."""
     sys.stdout.reconfigure(errors="replace")  # file names may be in any encoding
     sys.stderr.reconfigure(errors="replace")
+    keep_freed_memory()
     try:
         command(sys.argv[1:])
     except UserError as error:

@@ -12,7 +12,7 @@ from vit_jax.analysis.features import (
     position_similarity,
     position_vectors,
 )
-from vit_jax.models.vit import AddPositionEmbs
+from vit_jax.models.positions import AddPositionEmbs
 
 pytestmark = pytest.mark.core
 

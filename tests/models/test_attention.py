@@ -13,7 +13,11 @@ import pytest
 from jaxprs import equations
 from tiny_models import abstract_params, apply, pixels, random_params, tiny
 
-from vit_jax.models.attention import MultiHeadDotProductAttention, choose_implementation
+from vit_jax.models.attention import (
+    MultiHeadDotProductAttention,
+    attend,
+    choose_implementation,
+)
 
 pytestmark = pytest.mark.core
 
@@ -46,6 +50,48 @@ def test_relative_attention_against_a_loop():
     expected += params["out"]["bias"]
     got = jax.jit(lambda x: module.apply({"params": params}, x, train=False))(x)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def plain_attention(query, key, value):
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision="highest")
+    weights = jax.nn.softmax(logits / math.sqrt(query.shape[-1]), axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision="highest")
+
+
+@pytest.mark.parametrize("size", [1, 30], ids=["mild", "one weight is nearly 1"])
+def test_attend_is_softmax_attention(size):
+    generator = np.random.default_rng(0)
+    query, key, value, cotangent = (
+        jnp.asarray(generator.standard_normal((2, 7, 3, 20)), jnp.float32) for _ in range(4))
+    (got, pull_back), (expected, plain_pull_back) = (
+        jax.vjp(function, size * query, key, value) for function in (attend, plain_attention))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
+    for ours, theirs in zip(pull_back(cotangent), plain_pull_back(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-6 * size)
+
+
+def test_attend_in_bfloat16_is_near_float32():
+    """Operands are rounded to 8 bits, sums are not: within a few roundings (2 ** -8 each)."""
+    generator = np.random.default_rng(0)
+    exact = [jnp.asarray(generator.standard_normal((2, 50, 2, 64)), jnp.bfloat16).astype(
+        jnp.float32) for _ in range(4)]
+    rounded = [x.astype(jnp.bfloat16) for x in exact]
+    (got, pull_back), (expected, plain_pull_back) = (
+        jax.vjp(function, *operands[:3])
+        for function, operands in ((attend, rounded), (plain_attention, exact)))
+    assert got.dtype == jnp.bfloat16
+    for ours, theirs in zip([got, *pull_back(rounded[3])],
+                            [expected, *plain_pull_back(exact[3])], strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert jnp.abs(ours - theirs).max() < 4 * 2**-8 * jnp.abs(theirs).max()
+
+
+def test_recorded_attention_gives_the_same_features():
+    """The path that holds the weights, against the one that need not."""
+    model = tiny()
+    params, images = random_params(model, 8, 8), pixels()
+    recorded, _ = model.apply({"params": params}, images, train=False, mutable=["intermediates"])
+    np.testing.assert_allclose(recorded, apply(model, params, images), rtol=1e-5, atol=1e-5)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

@@ -32,8 +32,9 @@ from vit_jax.checkpoints.verify import (
     verify,
 )
 from vit_jax.errors import UserError
+from vit_jax.models.positions import sincos_2d
 from vit_jax.models.scan import unstack_blocks
-from vit_jax.models.vit import VisionTransformer, sincos_2d
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.training.state import model_to_json
 
 Params = dict[str, np.ndarray]  # by path

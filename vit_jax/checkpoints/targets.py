@@ -10,9 +10,9 @@ import numpy as np
 
 from vit_jax.checkpoints import layouts
 from vit_jax.errors import UserError
+from vit_jax.models.normalization import EPSILON as LAYER_NORM_EPSILON
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import VARIANTS
-from vit_jax.models.vit import LAYER_NORM_EPSILON
 
 TARGETS = ("npz", "timm", "hf", "torchvision")
 LIBRARIES = {"npz": "Google's npz", "timm": "timm", "hf": "Hugging Face's ViT",

@@ -86,6 +86,51 @@ def _cudnn_attention(query, key, value):
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
+@jax.custom_vjp
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`softmax(q k^T / sqrt(d)) v` of queries, keys and values [B, N, H, d], in their type.
+
+    The same numbers as from `jax.nn.softmax`, in the order of FlashAttention (arXiv 2205.14135):
+    what is divided by the sum of the weights is their product with the values [N, d], not the
+    weights [N, N], and the backward pass needs them undivided too. XLA's CPU backend is three
+    times faster on it, above all because heads come before tokens in every product.
+    """
+    return _attend_forward(query, key, value)[0]
+
+
+def _attend_forward(query, key, value):
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, H, N, d]
+    logits = einsum_float32("bhqd,bhkd->bhqk", query, key)
+    weights = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) * _scale(query))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(query.dtype)
+    heads = einsum_float32("bhqk,bhkd->bhqd", weights, value) / total
+    heads = heads.astype(query.dtype).swapaxes(1, 2)
+    return heads, (query, key, value, weights, total, heads)
+
+
+def _attend_backward(residuals, cotangent):
+    query, key, value, weights, total, heads = residuals
+    # The gradient of softmax subtracts the weighted mean of the weights' gradients; summed with
+    # the values first, it needs no array [N, N] (arXiv 2205.14135, B.2).
+    mean = jnp.sum(cotangent.astype(jnp.float32) * heads, axis=-1, keepdims=True)
+    mean = mean.swapaxes(1, 2) / total
+    cotangent = (cotangent.swapaxes(1, 2) / total).astype(query.dtype)
+    d_weights = einsum_float32("bhqd,bhkd->bhqk", cotangent, value) - mean
+    d_logits = (weights * d_weights).astype(query.dtype)
+    d_query = einsum_float32("bhqk,bhkd->bhqd", d_logits, key) * _scale(query)
+    d_key = einsum_float32("bhqk,bhqd->bhkd", d_logits, query) * _scale(query)
+    d_value = jnp.einsum("bhqk,bhqd->bhkd", weights, cotangent)
+    return tuple(x.astype(query.dtype).swapaxes(1, 2) for x in (d_query, d_key, d_value))
+
+
+def _scale(query):
+    return query.shape[-1] ** -0.5
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
 class MultiHeadDotProductAttention(nn.Module):
     """Self-attention, eq. 5-8 of the paper: `softmax(q k^T / sqrt(head_dim)) v`, then a projection.
 
@@ -111,7 +156,7 @@ class MultiHeadDotProductAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps tokens [B, N, D] to [B, N, D]."""
-        _, length, width = x.shape
+        batch, length, width = x.shape
         if width % self.num_heads:
             raise ValueError(
                 f"hidden_size {width} is not divisible by num_heads {self.num_heads}; "
@@ -120,12 +165,13 @@ class MultiHeadDotProductAttention(nn.Module):
         head_dim = width // self.num_heads
 
         def project(name):
-            return nn.DenseGeneral(
+            heads = nn.DenseGeneral(
                 (self.num_heads, head_dim),
                 dtype=self.dtype,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=name,
-            )(x)
+            )(x.reshape(-1, width))
+            return heads.reshape(batch, length, self.num_heads, head_dim)
 
         query, key, value = project("query"), project("key"), project("value")  # [B, N, H, d]
 
@@ -141,7 +187,7 @@ class MultiHeadDotProductAttention(nn.Module):
         )
         if implementation == "cudnn":
             heads = _cudnn_attention(query, key, value)
-        else:
+        elif recording or self.relative_positions or (train and self.dropout_rate):
             logits = einsum_float32("bqhd,bkhd->bhqk", query, key)
             if self.relative_positions:
                 logits += self._relative_logits(query, length, head_dim)
@@ -149,6 +195,8 @@ class MultiHeadDotProductAttention(nn.Module):
             self.sow("intermediates", "attention", weights)
             weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not train)
             heads = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(self.dtype), value)
+        else:
+            heads = attend(query, key, value)
 
         out = nn.DenseGeneral(
             width,
@@ -156,8 +204,8 @@ class MultiHeadDotProductAttention(nn.Module):
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             name="out",
-        )(heads)
-        return checkpoint_name(out, "attention_out")
+        )(heads.reshape(-1, self.num_heads, head_dim))
+        return checkpoint_name(out.reshape(x.shape), "attention_out")
 
     def _relative_logits(self, query, length, head_dim):
         """Logits [B, H, N, N] of the queries against one learned vector per offset p_q - p_k."""

@@ -9,15 +9,9 @@ import jax.numpy as jnp
 
 from vit_jax.errors import did_you_mean
 from vit_jax.models.attention import IMPLEMENTATIONS
+from vit_jax.models.positions import POSITION_EMBEDDINGS, POSITION_PLACES
 from vit_jax.models.resnet import ResNet
-from vit_jax.models.vit import (
-    ACTIVATIONS,
-    CLASSIFIERS,
-    POSITION_EMBEDDINGS,
-    POSITION_PLACES,
-    REMAT_POLICIES,
-    VisionTransformer,
-)
+from vit_jax.models.vit import ACTIVATIONS, CLASSIFIERS, REMAT_POLICIES, VisionTransformer
 
 
 def _sizes(hidden_size, mlp_dim, num_heads, num_layers):

@@ -5,6 +5,7 @@ up: `VisionTransformer` cuts the image into patches, `Encoder` adds positions an
 `Encoder1DBlock` is one Transformer layer.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,79 +15,48 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models import resnet
 from vit_jax.models.attention import MultiHeadDotProductAttention, choose_implementation
+from vit_jax.models.gelu import gelu
+from vit_jax.models.normalization import LayerNorm
 from vit_jax.models.partition import constrain_tokens
+from vit_jax.models.positions import AddPositionEmbs
 
 CLASSIFIERS = ("token", "gap", "unpooled", "token_unpooled")
-POSITION_EMBEDDINGS = ("learned_1d", "learned_2d", "sincos_2d", "relative", "none")
-POSITION_PLACES = ("stem", "every_layer", "every_layer_shared")
 ACTIVATIONS = {
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": functools.partial(gelu, approximate=True),
+    "gelu": functools.partial(gelu, approximate=False),
 }
 REMAT_POLICIES = {
     "full": None,  # recompute everything
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "names": jax.checkpoint_policies.save_only_these_names("attention_out", "mlp_hidden"),
 }
-LAYER_NORM_EPSILON = 1e-6
 
 
-def sincos_2d(height: int, width: int, features: int, temperature: float = 10_000.0) -> jax.Array:
-    """Fixed 2-D sine-cosine position embedding [H * W, D], as in MoCo v3 (arXiv 2104.02057).
+class PatchEmbedding(nn.Module):
+    """The linear projection of flattened patches (paper, eq. 1).
 
-    Raises:
-      ValueError: `features` is not divisible by 4 (sine and cosine of two coordinates).
-    """
-    if features % 4 or features < 8:
-        raise ValueError(f"sincos_2d needs a width divisible by 4 and at least 8, not {features}.")
-    frequencies = temperature ** -jnp.linspace(0.0, 1.0, features // 4)
-    y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    y, x = (jnp.outer(axis.ravel(), frequencies) for axis in (y, x))
-    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)
-
-
-class AddPositionEmbs(nn.Module):
-    """Adds position embeddings to the token sequence.
-
-    Attributes:
-      kind: 'learned_1d' (one vector per token, the paper's default), 'learned_2d' (a table of D/2
-        for rows and one for columns, concatenated; the class token gets none) or 'sincos_2d'
-        (fixed; the class token gets none).
+    The parameters are those of a convolution whose stride is its size, kernel [P, P, C, D] and
+    bias [D]; as one matrix product it is faster, most of all its gradient.
     """
 
-    kind: str = "learned_1d"
+    features: int
+    patch_size: int
+    dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, grid: tuple[int, int]) -> jax.Array:
-        """Args: x: [B, N, D], where the last height * width tokens are the grid of patches."""
-        height, width = grid
-        _, length, features = x.shape
-        init = nn.initializers.normal(stddev=0.02)  # from BERT
-        if self.kind == "learned_1d":
-            return x + self._table("pos_embedding", init, (1, length, features), grid)
-        if self.kind == "learned_2d":
-            if features % 2:
-                raise ValueError(f"learned_2d needs an even width, not {features}.")
-            rows = self._table("row_embedding", init, (1, height, features // 2), grid)
-            columns = self._table("column_embedding", init, (1, width, features // 2), grid)
-            rows = jnp.repeat(rows, width, axis=1)
-            columns = jnp.tile(columns, (1, height, 1))
-            positions = jnp.concatenate([rows, columns], axis=-1)
-        else:
-            positions = sincos_2d(height, width, features)[None]
-        prefix = length - height * width
-        return x + jnp.pad(positions, ((0, 0), (prefix, 0), (0, 0)))
-
-    def _table(self, name, init, shape, grid):
-        if self.has_variable("params", name):
-            have = jnp.shape(self.get_variable("params", name))
-            if have != shape:
-                raise ValueError(
-                    f"{name} of these parameters has shape {list(have)}, but an image of "
-                    f"{grid[0]}x{grid[1]} patches needs {list(shape)}: they were made for another "
-                    "image size. Use that size, or resize the position embedding."
-                )
-        return self.param(name, init, shape)
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [B, H, W, C] to [B, H / P, W / P, D]."""
+        batch, height, width, channels = images.shape
+        side = self.patch_size
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (side, side, channels, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        rows, columns = height // side, width // side
+        patches = images.astype(self.dtype).reshape(batch, rows, side, columns, side, channels)
+        patches = patches.swapaxes(2, 3).reshape(batch * rows * columns, -1)
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        x = patches @ kernel.reshape(-1, self.features) + bias
+        return x.reshape(batch, rows, columns, self.features)
 
 
 class MlpBlock(nn.Module):
@@ -170,30 +140,31 @@ class Encoder1DBlock(nn.Module):
             if drop_branch_rate is None or not train:
                 return branch
             keep = 1.0 - jnp.asarray(drop_branch_rate)
-            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (branch.shape[0], 1, 1))
-            return jnp.where(kept, branch / keep.astype(branch.dtype), 0)
-
-        def norm():
-            return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32)
+            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (shape[0], 1, 1))
+            branch = branch.reshape(shape) / keep.astype(branch.dtype)
+            return jnp.where(kept, branch, 0).reshape(-1, shape[-1])
 
         x = constrain_tokens(x)
         if self.position_embedding is not None:
             positioned = AddPositionEmbs(self.position_embedding, name="posembed_input")
             x = positioned(x, grid=grid).astype(self.dtype)
-        y = norm()(x)
+        shape = x.shape
+        # XLA's CPU backend runs sums and GELUs of [B * N, D] much faster than of [B, N, D].
+        x = x.reshape(-1, shape[-1])
+        y = LayerNorm()(x).reshape(shape)
         y = MultiHeadDotProductAttention(
             num_heads=self.num_heads,
             dtype=self.dtype,
             dropout_rate=self.attention_dropout_rate,
             relative_positions=self.relative_positions,
             implementation=self.attention_implementation,
-        )(y, train=train)
+        )(y, train=train).reshape(x.shape)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=not train)
         x = x + residual(y, 0)
 
-        y = norm()(x)
+        y = LayerNorm()(x)
         y = MlpBlock(self.mlp_dim, self.dtype, self.dropout_rate, self.activation)(y, train=train)
-        x = x + residual(y, 1)
+        x = (x + residual(y, 1)).reshape(shape)
         self.sow("intermediates", "tokens", x)
         return x
 
@@ -233,9 +204,7 @@ class Encoder(nn.Module):
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         self.sow("intermediates", "tokens", x)
         x = self._blocks(x, grid, shared, train)
-        return nn.LayerNorm(
-            epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name="encoder_norm"
-        )(x)
+        return LayerNorm(name="encoder_norm")(x)
 
     def _check_place(self, registers):
         place, kind = self.position_embedding_at, self.position_embedding
@@ -348,14 +317,7 @@ class VisionTransformer(nn.Module):
         x = images
         if self.resnet_stages is not None:
             x = resnet.resnet_features(x, self.resnet_stages, dtype=self.dtype)
-        x = nn.Conv(
-            self.hidden_size,
-            kernel_size=(self.patch_size, self.patch_size),
-            strides=(self.patch_size, self.patch_size),
-            padding="VALID",
-            dtype=self.dtype,
-            name="embedding",
-        )(x)
+        x = PatchEmbedding(self.hidden_size, self.patch_size, self.dtype, name="embedding")(x)
         batch, height, width, _ = x.shape
         x = x.reshape(batch, height * width, self.hidden_size)
         return constrain_tokens(x), (height, width)

@@ -212,11 +212,12 @@ class _Program:
                         key=lambda v: self._position.get(v, -1))
         # Products read whole arrays from memory, so their operands exist in any case.
         kept = dict.fromkeys(v for v in wanted if v in operands)
+        here = {self._unshaped(v) for v in operands.intersection(wanted)}
 
         def follows(value, known):
             if value not in known:
                 made_by = self._cheap(value)
-                known[value] = value in free or value in kept or (
+                known[value] = value in free or self._unshaped(value) in here or (
                     made_by is not None and all(follows(v, known) for v in made_by.inputs))
             return known[value]
 
@@ -228,7 +229,14 @@ class _Program:
                        and made_by.inputs[0] not in free):
                     value = made_by.inputs[0]
                 kept[value] = None
+                here.add(self._unshaped(value))
         return list(kept)
+
+    def _unshaped(self, value):
+        """The array of which `value` is another view: a reshape moves nothing."""
+        while (made_by := self._cheap(value)) and made_by.name == "reshape":
+            (value,) = made_by.inputs
+        return value
 
     def _cheap(self, value):
         operation = self.operations[self._position[value]] if value in self._position else None

@@ -198,7 +198,7 @@ class Planner:
         weights = len(shape) == 3 and shape[0] == heads and shape[1] == shape[2]  # [H, N, N]
         size = array.bytes
         if weights and self.fused_attention:
-            size = 4 * heads * shape[1] if array.itemsize == 4 else 0  # the rows' log sums
+            size = 0
         by_heads = len(shape) == 3 and heads in (shape[0], shape[1]) and heads % tensor == 0
         hidden = (len(shape) == 2 and shape[1] == self.model.mlp_dim
                   and self.model.mlp_dim % tensor == 0)
