@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import augment
+from vit_jax.data.decode import Whole
 from vit_jax.errors import UserError
 
 pytestmark = pytest.mark.core
@@ -150,7 +151,7 @@ def test_inception_crop_that_does_not_fit_is_central(shape, box):
 def test_inception_crop():
     image = coordinates(200, 240)
     first, again, other = (
-        augment.inception_crop(image, (32, 40), np.random.default_rng(seed), antialias=False)
+        augment.inception_crop(Whole(image), (32, 40), np.random.default_rng(seed), antialias=False)
         for seed in (0, 0, 1))
     assert first.shape == (32, 40, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(first, again)
@@ -160,9 +161,9 @@ def test_inception_crop():
     np.testing.assert_array_equal(
         first, augment.resize(image[top:top + height, left:left + width], (32, 40),
                               antialias=False))
-    smooth = augment.inception_crop(noise(200, 240), (32, 40), np.random.default_rng(0),
+    smooth = augment.inception_crop(Whole(noise(200, 240)), (32, 40), np.random.default_rng(0),
                                     antialias=True)
-    rough = augment.inception_crop(noise(200, 240), (32, 40), np.random.default_rng(0),
+    rough = augment.inception_crop(Whole(noise(200, 240)), (32, 40), np.random.default_rng(0),
                                    antialias=False)
     assert smooth.std() < rough.std()
 
@@ -170,7 +171,7 @@ def test_inception_crop():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 2), (3, 700)])
 def test_inception_crop_of_tiny_images(shape):
     for seed in range(20):
-        crop = augment.inception_crop(noise(*shape), (8, 8), np.random.default_rng(seed),
+        crop = augment.inception_crop(Whole(noise(*shape)), (8, 8), np.random.default_rng(seed),
                                       antialias=bool(seed % 2))
         assert crop.shape == (8, 8, 3)
 

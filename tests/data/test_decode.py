@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from vit_jax.data import decode
-from vit_jax.data.decode import BadImageError, decode_image
+from vit_jax.data.decode import BadImageError, Jpeg, Whole, decode_image, open_image
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("error")]
 
@@ -357,3 +357,91 @@ def test_many_threads():
     for pixels, wanted in zip(decoded, expected * 10, strict=True):
         np.testing.assert_array_equal(pixels, wanted)
     assert warnings.filters == filters
+
+
+# --- Cutting a part out --------------------------------------------------------------------------
+
+
+def boxes(height, width, count=12):
+    """Random ones, and the corners."""
+    rng = np.random.default_rng(0)
+    yield from [(0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, 1, 1)]
+    for _ in range(count):
+        tall, wide = (int(rng.integers(1, side + 1)) for side in (height, width))
+        yield int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1)), tall, wide
+
+
+@pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 2}, {"optimize": True}], ids=str)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("shape", [(37, 53), (96, 64), (1, 1), (130, 20)])
+def test_a_part_of_a_jpeg_is_to_the_bit_that_of_the_whole(shape, subsampling, options):
+    data = encode(photo(*shape), "JPEG", quality=90, subsampling=subsampling, **options)
+    whole = decode_image(data, max_pixels=LIMIT)
+    image = open_image(data, max_pixels=LIMIT)
+    assert isinstance(image, Jpeg) and (image.height, image.width) == shape
+    for top, left, height, width in boxes(*shape):
+        np.testing.assert_array_equal(
+            image.crop((top, left, height, width)),
+            whole[top:top + height, left:left + width])
+
+
+def test_a_part_does_not_decode_what_is_below_it(monkeypatch):
+    rows = []
+
+    def decoded(data, **options):
+        pixels = original(data, **options)
+        rows.append(len(pixels))
+        return pixels
+
+    original = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decoded)
+    image = open_image(encode(photo(200, 50), "JPEG"), max_pixels=LIMIT)
+    assert not rows
+    image.crop((10, 5, 70, 20))
+    assert rows == [10 + 70 + 16]
+
+
+def turned():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    return encode(photo(), "JPEG", exif=exif.tobytes())
+
+
+@pytest.mark.parametrize("data", [
+    turned(), encode(photo(), "JPEG", progressive=True), encode(photo().convert("L"), "JPEG"),
+    encode(photo().convert("CMYK"), "JPEG"), encode(photo(), "PNG"), np.asarray(photo()),
+], ids=["turned", "progressive", "grey", "cmyk", "png", "pixels"])
+def test_other_images_are_decoded_before_they_are_cut(data):
+    image = open_image(data, max_pixels=LIMIT)
+    assert isinstance(image, Whole)
+    expected = decode_image(data, max_pixels=LIMIT)
+    assert (image.height, image.width) == expected.shape[:2]
+    np.testing.assert_array_equal(image.crop((3, 5, 20, 11)), expected[3:23, 5:16])
+
+
+def test_cutting_refuses_what_decoding_refuses():
+    data = encode(photo(200, 200), "JPEG")
+    for bad, limit in ((data[: len(data) // 2], LIMIT), (b"", LIMIT), (data, 100)):
+        with pytest.raises(BadImageError) as cut:
+            open_image(bad, max_pixels=limit)
+        assert str(cut.value) == refusal(bad, limit)
+
+
+def test_libjpegs_refusal_of_a_part_leads_to_the_whole():
+    """A quantisation table is gone: libjpeg gives up, and so do we in the end."""
+    data = encode(photo(), "JPEG")
+    at = data.index(b"\xff\xdb")
+    damaged = data[:at] + b"\xff\xfe" + data[at + 2:]  # a comment in the first table's place
+    with pytest.raises(BadImageError):
+        decode_image(damaged, max_pixels=LIMIT)
+    with pytest.raises(BadImageError, match="damaged"):
+        open_image(damaged, max_pixels=LIMIT).crop((0, 0, 10, 10))
+
+
+def test_a_damaged_jpeg_keeps_the_pixels_that_libjpeg_makes_of_it():
+    data = bytearray(encode(photo(120, 120), "JPEG", quality=95))
+    middle = len(data) // 2
+    data[middle:middle + 3] = b"\x55\xaa\x55"
+    whole = decode_image(bytes(data), max_pixels=LIMIT)
+    np.testing.assert_array_equal(
+        open_image(bytes(data), max_pixels=LIMIT).crop((20, 10, 50, 60)), whole[20:70, 10:70])

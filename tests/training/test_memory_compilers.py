@@ -2,8 +2,7 @@
 pytest -m slow -s tests/training/test_memory_compilers.py
 
 The GPU compiler needs no GPU, but `pip install jax-cuda12-plugin nvidia-cuda-nvcc-cu12` (of JAX's
-version), ptxas in PATH, and XLA_FLAGS without autotuning, which would run kernels; docs/plan.md has
-the command.
+version) and XLA_FLAGS without autotuning, which would run kernels; docs/plan.md has the command.
 """
 
 import importlib.util

@@ -35,6 +35,11 @@ _TIMM_AT_384 = {
 }  # fmt: skip
 
 
+def timm_name(variant: str) -> str | None:
+    """timm's name of a variant at 224 pixels; None where it has none."""
+    return next((f"{name}_224" for name, ours in _TIMM.items() if ours == variant), None)
+
+
 def check(
     target: str, model: nn.Module, size: tuple[int, int], channels: int, *,
     match_eps: bool = False, dtype: str = "float32", allow_gelu_change: bool = False,

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vit_jax.data.decode import Jpeg, Whole
 from vit_jax.errors import UserError
 
 # The callers' threads are the parallelism; OpenCV's own would only compete with them.
@@ -47,7 +48,7 @@ def resize(
 
 
 def inception_crop(
-    image: np.ndarray,
+    image: Jpeg | Whole,
     size: tuple[int, int],
     rng: np.random.Generator,
     *,
@@ -59,15 +60,14 @@ def inception_crop(
     """A crop of random area, shape and place, resized (Szegedy et al., arXiv 1409.4842, §6).
 
     Args:
-      image: uint8 [H, W, 3].
+      image: of `decode.open_image`.
       size: (height, width) of the result.
       rng: where the randomness comes from.
       area: range of the crop's share of the image.
       aspect: range of the crop's width / height, before it is resized.
       antialias, interpolation: see `resize`.
     """
-    top, left, height, width = inception_box(*image.shape[:2], rng, area=area, aspect=aspect)
-    crop = image[top:top + height, left:left + width]
+    crop = image.crop(inception_box(image.height, image.width, rng, area=area, aspect=aspect))
     return resize(crop, size, antialias=antialias, interpolation=interpolation)
 
 

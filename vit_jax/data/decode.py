@@ -1,8 +1,10 @@
 """From an encoded image to RGB pixels, defined as what Pillow's `convert('RGB')` gives.
 
-Ordinary JPEGs, nearly all photos, take a shorter way to the same bits through simplejpeg.
+Ordinary JPEGs, nearly all photos, take a shorter way to the same bits through simplejpeg, and of
+those `open_image` decodes no more than a crop needs.
 """
 
+import contextlib
 import io
 import struct
 import threading
@@ -13,6 +15,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+_BASELINE, _EXIF = 0xC0, 0xE1  # markers of JPEG segments
+_MARGIN = 16  # rows
 
 # EXIF 2.3, 4.6.4 A: what has to be done to see an image upright.
 _UPRIGHT = {
@@ -54,7 +58,8 @@ def decode_image(data: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
     if not data:
         raise BadImageError("the file is empty")
     if (pixels := _decode_colour_jpeg(data, max_pixels)) is not None:
-        return _upright(pixels, _exif_orientation(_jpeg_exif(data)))
+        exif, _ = _jpeg_segments(data).get(_EXIF, (b"", 0))
+        return _upright(pixels, _exif_orientation(exif))
     try:
         with _open(data) as image:
             _check_size(*image.size, max_pixels)
@@ -67,6 +72,68 @@ def decode_image(data: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
     except Exception as error:  # a parser of damaged files raises anything
         reason = str(error) or type(error).__name__
         raise BadImageError(f"it is damaged or incomplete ({reason})") from error
+
+
+class Whole:
+    """An image that is decoded, to be cut like a `Jpeg`."""
+
+    def __init__(self, pixels: np.ndarray):
+        """`pixels`: uint8 [H, W, 3]."""
+        self._pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+
+    def crop(self, box: tuple[int, int, int, int]) -> np.ndarray:
+        """The pixels of (top, left, height, width), as a view."""
+        top, left, height, width = box
+        return self._pixels[top:top + height, left:left + width]
+
+
+class Jpeg:
+    """An ordinary JPEG that is not decoded further than a crop needs."""
+
+    def __init__(self, data: bytes, height: int, width: int, frame: int, max_pixels: int):
+        """`frame` is the position of the frame header's body in `data`."""
+        self._data, self._frame, self._max_pixels = data, frame, max_pixels
+        self.height, self.width = height, width
+
+    def crop(self, box: tuple[int, int, int, int]) -> np.ndarray:
+        """The pixels of (top, left, height, width), as a view; to the bit those of `decode_image`.
+
+        What is below the box is not decoded: a header is made up in which the image ends there.
+
+        Raises:
+          BadImageError: it cannot be decoded.
+        """
+        top, _, height, _ = box
+        # Chroma is interpolated between rows, so a little more is decoded than is kept.
+        rows = min(self.height, top + height + _MARGIN)
+        at = self._frame + 1  # after the precision: 16 bits of height
+        shorter = b"".join((self._data[:at], rows.to_bytes(2, "big"), self._data[at + 2:]))
+        try:
+            # Not strict: that data are left over is worth a warning to libjpeg.
+            pixels = simplejpeg.decode_jpeg(shorter, strict=False)
+        except ValueError:
+            pixels = decode_image(self._data, max_pixels=self._max_pixels)
+        return Whole(pixels).crop(box)
+
+
+def open_image(data: bytes | np.ndarray, *, max_pixels: int) -> Jpeg | Whole:
+    """Any image `decode_image` can decode, to be cut: its `height`, `width` and `crop(box)`.
+
+    Ordinary JPEGs, which are baseline, in colour, upright and whole as far as their end tells, are
+    not decoded here. Arguments and errors are those of `decode_image`.
+    """
+    if isinstance(data, bytes) and data.startswith(b"\xff\xd8"):
+        segments = _jpeg_segments(data)
+        exif, _ = segments.get(_EXIF, (b"", 0))
+        whole = data.rstrip(b"\0").endswith(b"\xff\xd9")
+        if _BASELINE in segments and whole and _exif_orientation(exif) == 1:
+            with contextlib.suppress(ValueError):
+                height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+                _check_size(width, height, max_pixels)
+                if colours in ("YCbCr", "RGB"):
+                    return Jpeg(data, height, width, segments[_BASELINE][1], max_pixels)
+    return Whole(decode_image(data, max_pixels=max_pixels))
 
 
 def _from_array(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
@@ -133,23 +200,24 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _jpeg_exif(data: bytes) -> bytes:
-    """The EXIF segment of a JPEG, from before its pixels (ITU T.81, B.1.1); b"" without one."""
-    position = 2
+def _jpeg_segments(data: bytes) -> dict[int, tuple[bytes, int]]:
+    """Body and its position of the segments of a JPEG before its pixels, by marker (ITU T.81, B.1);
+    of several with the same marker the first, but under _EXIF the one that holds EXIF."""
+    found, position = {}, 2
     try:
         while data[position] == 0xFF:
             while data[position] == 0xFF:  # any number of fill bytes
                 position += 1
             marker, length = data[position], int.from_bytes(data[position + 1:position + 3], "big")
             body = data[position + 3:position + 1 + length]
-            if marker == 0xE1 and body.startswith(b"Exif\0\0"):
-                return body
+            if marker != _EXIF or body.startswith(b"Exif\0\0"):
+                found.setdefault(marker, (body, position + 3))
             if marker == 0xDA:  # start of scan
                 break
             position += 1 + length
     except IndexError:
         pass
-    return b""
+    return found
 
 
 def _exif_orientation(exif: bytes) -> int:

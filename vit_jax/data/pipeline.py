@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from vit_jax.data import augment
-from vit_jax.data.decode import BadImageError, decode_image
+from vit_jax.data.decode import BadImageError, decode_image, open_image
 from vit_jax.data.randaugment import randaugment
 from vit_jax.data.sources import Record, Source
 from vit_jax.errors import UserError
@@ -94,10 +94,11 @@ def train_batches(
     def example(index, rng):
         flip = config.data.flip and bool(rng.random() < 0.5)
         record = source[index]
-        image = _decode(record, config.data, bad_images)
-        if image is None:
+        try:
+            image = train_image(record.image, size, rng, config.data)
+        except BadImageError as error:
+            bad_images.report(record.origin, error)
             return Example(np.zeros((*size, 3), np.uint8), record.label, valid=False)
-        image = train_crop(image, size, rng, config.data)
         if config.data.randaugment:
             # The flip cannot wait for the device: Google's shears are not symmetric under it.
             if flip:
@@ -155,15 +156,25 @@ def eval_batches(
     yield from _parallel_batches(example, positions, size, config.data.workers)
 
 
-def train_crop(image, size, rng, data: ml_collections.ConfigDict) -> np.ndarray:
-    """The augmentation that `data.train_crop` names; uint8 [h, w, 3] to [H, W, 3]."""
-    if data.train_crop == "inception":
+def train_image(
+    data: bytes | np.ndarray, size: tuple[int, int], rng: np.random.Generator,
+    settings: ml_collections.ConfigDict,
+) -> np.ndarray:
+    """A record's image after decoding and the augmentation that `train_crop` of `settings` names;
+    uint8 [H, W, 3]. `settings` is the config's section `data`.
+
+    Raises:
+      BadImageError: it cannot be decoded.
+    """
+    if settings.train_crop == "inception":
         return augment.inception_crop(
-            image, size, rng, area=data.crop_area, aspect=data.crop_aspect, **_resizing(data))
-    if data.train_crop == "pad":
+            open_image(data, max_pixels=settings.max_pixels), size, rng, area=settings.crop_area,
+            aspect=settings.crop_aspect, **_resizing(settings))
+    image = decode_image(data, max_pixels=settings.max_pixels)
+    if settings.train_crop == "pad":
         return augment.pad_crop(
-            image, size, rng, padding=data.crop_padding, **_resizing(data))
-    return augment.squash(image, size, **_resizing(data))
+            image, size, rng, padding=settings.crop_padding, **_resizing(settings))
+    return augment.squash(image, size, **_resizing(settings))
 
 
 def eval_crop(image, size, data: ml_collections.ConfigDict) -> np.ndarray:

@@ -110,7 +110,8 @@ def _attend_forward(query, key, value):
 
 
 def _attend_backward(residuals, cotangent):
-    query, key, value, weights, total, heads = residuals
+    # Without the barrier XLA's GPU compiler keeps the float32 logits instead, to repeat `exp`.
+    query, key, value, weights, total, heads = jax.lax.optimization_barrier(residuals)
     # The gradient of softmax subtracts the weighted mean of the weights' gradients; summed with
     # the values first, it needs no array [N, N] (arXiv 2205.14135, B.2).
     mean = jnp.sum(cotangent.astype(jnp.float32) * heads, axis=-1, keepdims=True)

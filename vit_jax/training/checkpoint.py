@@ -82,6 +82,11 @@ class Checkpoints:
             metrics=metrics or _NOT_EVALUATED,
         )
 
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Returns when everything is on disk."""
         self._manager.wait_until_finished()

@@ -1,0 +1,322 @@
+"""How fast it is here, and beside other libraries: python -m vit_jax.benchmark --what=train"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from vit_jax import cli, devices
+from vit_jax import config as config_lib
+from vit_jax.benchmarking import models, pipelines, report
+from vit_jax.benchmarking.peer import PEERS, Peer
+from vit_jax.benchmarking.photos import Photos, make_photos
+from vit_jax.benchmarking.stall import checkpoint_stall
+from vit_jax.benchmarking.startup import cold_and_warm
+from vit_jax.benchmarking.timing import Timing, alternate, largest, ratio
+from vit_jax.checkpoints.targets import timm_name
+from vit_jax.errors import UserError
+from vit_jax.models.variants import VARIANTS, canonical_name
+
+_MODELS = ("timm", "timm-compiled", "transformers")
+_AGAINST = {"train": _MODELS, "infer": _MODELS, "input": ("tf.data", "torch-dataloader"),
+            "checkpoint": (), "startup": ()}
+_MATMUL_SECONDS = 0.3
+_LARGEST_BATCH = 65_536
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; see `--help`."""
+    overrides, rest = cli.split_overrides(arguments)
+    flags = _parse(rest)
+    variants = [_variant(name) for name in flags.variants.split(",")] if flags.variants else []
+    against = flags.against.split(",") if flags.against else []
+    for name in against:
+        if name not in _AGAINST[flags.what]:
+            possible = ", ".join(_AGAINST[flags.what]) or "nothing"
+            raise UserError(f"--against={name} does not go with --what={flags.what}; "
+                            f"{possible} does.")
+    if flags.images and flags.what != "input":
+        raise UserError("--images is for --what=input.")
+    if against:  # a GPU's memory is shared with the other process
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.45")
+    if not variants and flags.what != "input":
+        variants = ["S/16"]
+
+    measure = {"train": _measure_models, "infer": _measure_models, "input": _measure_input,
+               "checkpoint": _measure_checkpoint, "startup": _measure_startup}[flags.what]
+    rows, extra = measure(flags, overrides, variants, against)
+    about = report.environment(arguments) | extra
+    print(f"{about['devices']}; {about['cpu']}, {about['cores']} cores; "
+          f"jax {about['packages']['jax']}; commit {about['commit']}")
+    for key, value in extra.items():
+        print(f"{key}: {value}")
+    print(report.format_table(rows))
+    if flags.out:
+        chart = {"input": ("side", "images/s"), "checkpoint": ("variant", "blocked ms"),
+                 "startup": ("variant cache", "total s")}
+        report.write(Path(flags.out), about, rows,
+                     chart.get(flags.what, ("variant batch side", "images/s")))
+
+
+def _parse(arguments) -> argparse.Namespace:
+    parser = cli.ArgumentParser(
+        prog="python -m vit_jax.benchmark",
+        description="Measures this machine, and with --against other libraries on the same work in "
+        "the same run, in turns.",
+        epilog="--config.KEY=VALUE sets dtype, mesh, remat, ... as for vit_jax.main:\n"
+        "  python -m vit_jax.benchmark --what=train --variants=S/16,B/16 --against=timm\n"
+        "  python -m vit_jax.benchmark --what=train --variants=B/16 --batch_sizes=largest "
+        "--config.dtype=bfloat16\n"
+        "  python -m vit_jax.benchmark --what=input --images=/data/photos --against=tf.data",
+    )
+    parser.add_argument("--what", choices=_AGAINST, required=True,
+                        help="training steps, inference, the input pipeline, asynchronous "
+                        "checkpoints, or the way from the command to the first step")
+    parser.add_argument("--variants", metavar="V[,V]", default="",
+                        help="models (S/16); with --what=input, also trains them on the pipeline")
+    parser.add_argument("--batch_sizes", metavar="N[,N]", default="16",
+                        help="images (16), or 'largest' for what fits an accelerator")
+    parser.add_argument("--against", metavar="PEER[,PEER]", default="",
+                        help=", ".join(PEERS))
+    parser.add_argument("--rounds", metavar="N", type=int, default=7,
+                        help="how often each side is measured (7); the median counts")
+    parser.add_argument("--seconds", metavar="S", type=float, default=2.0,
+                        help="about how long a side works in a round (2)")
+    parser.add_argument("--images", metavar="DIR", help="photos (JPEG) to decode; default: made "
+                        "ones of 500x375")
+    parser.add_argument("--peer_python", metavar="PATH", default=sys.executable,
+                        help="a Python that has the other libraries; default: this one")
+    parser.add_argument("--out", metavar="DIR", help="where to write JSON, CSV and a chart")
+    flags = parser.parse(arguments)
+    if flags.rounds < 1 or flags.seconds <= 0:
+        raise UserError("--rounds must be at least 1 and --seconds more than 0.")
+    return flags
+
+
+def _variant(name):
+    try:
+        return canonical_name(name)
+    except ValueError as error:
+        raise UserError(f"--variants: {error}") from None
+
+
+def _batch_sizes(flags):
+    for text in flags.batch_sizes.split(","):
+        if text != "largest" and not (text.isdecimal() and int(text)):
+            raise UserError(f"--batch_sizes={text} is neither a number of images nor 'largest'.")
+        yield text if text == "largest" else int(text)
+
+
+def _config(overrides, **settings) -> ml_collections.ConfigDict:
+    """A run on noise with AdamW; what the command line says has the last word."""
+    config = config_lib.base_config()
+    settings = {"total_steps": 1000, "data.source": "synthetic", "optimizer.weight_decay": 0.1,
+                } | settings
+    for key, value in settings.items():
+        config_lib.set_value(config, key, value)
+    cli.apply_overrides(config, overrides)
+    for key in ("model.variant", "batch_size"):
+        if key in overrides:
+            raise UserError(f"--config.{key} is what --variants and --batch_sizes are for.")
+    return config_lib.validate(config)
+
+
+# --- Training and inference ------------------------------------------------------------------
+
+
+def _measure_models(flags, overrides, variants, against):
+    rows, rates = [], None
+    for variant in variants:
+        for batch_size in _batch_sizes(flags):
+            if batch_size == "largest":
+                rows += _largest_batches(flags, overrides, variant, against)
+                continue
+            config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
+            found, rates = _measure_model(flags, config, variant, against)
+            rows += found
+    return rows, ({"matmul TFLOP/s": rates} if rates else {})
+
+
+def _measure_model(flags, config, variant, against):
+    """Rows of one variant and batch size, and the rates of this device's matrix products."""
+    build = models.training if flags.what == "train" else models.inference
+    with contextlib.ExitStack() as stack:
+        peers = {name: stack.enter_context(contextlib.closing(
+            Peer(name, _task(flags.what, config, variant), flags.peer_python)))
+            for name in against}
+        work = build(config)
+        products = {" x ".join(map(str, shape)): models.matmul(shape, config.dtype)
+                    for shape in models.matmul_shapes()}
+        sides = {"vit_jax": work.run} | {name: peer.run for name, peer in peers.items()}
+        timings = alternate(
+            sides | {name: product.run for name, product in products.items()},
+            rounds=flags.rounds,
+            seconds=lambda side: flags.seconds if side in sides else _MATMUL_SECONDS)
+    rates = {name: product.flops / timings[name].median / 1e12
+             for name, product in products.items()}
+    # Of every round the fastest product, since the machine's speed may change between rounds.
+    ceiling = [max(products[name].flops / timings[name].rounds[i] for name in products)
+               for i in range(flags.rounds)]
+    device = devices.find(jax.devices()[0].device_kind)
+    batch, ours, rows = config.batch_size, timings["vit_jax"], []
+    for side in sides:
+        timing = timings[side]
+        flops = work.flops * batch / len(jax.devices())
+        about = peers[side].about if side in peers else {
+            "memory_bytes": work.memory_bytes, "first_seconds": work.compile_seconds}
+        memory = about.get("memory_bytes")
+        rows.append({
+            "variant": variant, "batch": batch, "dtype": config.dtype, "side": side,
+            **_rates(timing, batch), "ms/step": 1e3 * timing.median,
+            "of matmul": statistics.median(
+                flops / seconds / rate
+                for seconds, rate in zip(timing.rounds, ceiling, strict=True)),
+            "MFU": flops / timing.median / device.bf16_flops if device else None,
+            "GiB": memory / 2**30 if memory else None,
+            "compile s": about["first_seconds"],
+            "vit_jax is faster by": None if side == "vit_jax" else ratio(ours, timing),
+            "library": about.get("library", ""),
+        })
+    return rows, {shape: round(rate, 4) for shape, rate in rates.items()}
+
+
+def _rates(timing: Timing, images: int):
+    return {"images/s": images / timing.median, "worst": images / timing.worst,
+            "best": images / timing.best}
+
+
+def _task(what, config, variant):
+    """What a peer has to know; see `peers/torch_models.py`."""
+    sizes = VARIANTS[variant][1]
+    for key in ("model.scan_layers", "model.remat", "model.dropout_rate"):
+        if config.model[key.split(".")[1]]:
+            raise UserError(f"--against has no --config.{key}; leave it out.")
+    return {
+        "what": what, "variant": variant, "batch_size": config.batch_size, "dtype": config.dtype,
+        "image_size": config_lib.image_size(config), "num_classes": models.NUM_CLASSES,
+        "timm": timm_name(variant), "hybrid": "patch_size" not in sizes or "+" in variant,
+        "sizes": {key: sizes.get(key) for key in (
+            "patch_size", "hidden_size", "mlp_dim", "num_heads", "num_layers")},
+    }
+
+
+def _largest_batches(flags, overrides, variant, against):
+    """Rows of the largest batch of every side. The peers come first: once JAX has begun, most of a
+    GPU's memory is its own."""
+    def config(batch_size):
+        return _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
+
+    def peer_fits(name, batch_size):
+        try:
+            Peer(name, _task(flags.what, config(batch_size), variant), flags.peer_python).close()
+        except UserError as error:
+            if "does not fit" in str(error):
+                return False
+            raise
+        return True
+
+    def fits(batch_size):
+        build = models.training if flags.what == "train" else models.inference
+        try:
+            build(config(batch_size)).run(1)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return False
+            raise
+        return True
+
+    found = {name: largest(lambda n: peer_fits(name, n), _LARGEST_BATCH)  # noqa: B023
+             for name in against}
+    if jax.default_backend() == "cpu":
+        raise UserError("--batch_sizes=largest needs an accelerator; a CPU's memory is shared, and "
+                        "what fits is not for one process to find out.")
+    shards = len(jax.devices())
+    found = {"vit_jax": shards * largest(
+        lambda n: fits(shards * n), _LARGEST_BATCH // shards)} | found
+    return [{"variant": variant, "largest batch": batch, "side": side, "images/s": None}
+            for side, batch in found.items()]
+
+
+# --- Everything else -------------------------------------------------------------------------
+
+
+def _measure_input(flags, overrides, variants, against):
+    rows, batch_size = [], max((n for n in _batch_sizes(flags) if n != "largest"), default=16)
+    with contextlib.ExitStack() as stack:
+        folder = Path(flags.images or stack.enter_context(tempfile.TemporaryDirectory()))
+        if not flags.images:
+            make_photos(folder)
+        photos = Photos(folder)
+        config = _config(overrides, batch_size=batch_size)
+        cores = config.data.workers or len(os.sched_getaffinity(0))
+        task = {"paths": photos.paths, "batch_size": batch_size, "workers": cores,
+                "image_size": config_lib.image_size(config), "area": config.data.crop_area,
+                "aspect": config.data.crop_aspect, "read_ahead": pipelines.READ_AHEAD}
+        peers = {name: stack.enter_context(contextlib.closing(
+            Peer(name, task, flags.peer_python))) for name in against}
+        sides = {"vit_jax": pipelines.decoding(config, photos)} | {
+            name: peer.run for name, peer in peers.items()}
+        timings = alternate(sides, rounds=flags.rounds, seconds=lambda _: flags.seconds)
+        for side, timing in timings.items():
+            rows.append({
+                "side": side, **_rates(timing, batch_size),
+                "images/s/core": batch_size / timing.median / cores,
+                "vit_jax is faster by": None if side == "vit_jax" else ratio(
+                    timings["vit_jax"], timing),
+                "library": peers[side].about["library"] if side in peers else "",
+            })
+        for variant in variants:
+            settings = {"model.variant": variant, "batch_size": batch_size}
+            fed, synthetic = pipelines.fed_training(_config(overrides, **settings), photos)
+            timings = alternate({"fed": fed, "memory": synthetic}, rounds=flags.rounds,
+                                seconds=lambda _: flags.seconds)
+            rows += [{"side": f"training {variant} from {source}", **_rates(timing, batch_size),
+                      "of training from memory": None if name == "memory" else ratio(
+                          timing, timings["memory"])}
+                     for (name, timing), source in zip(
+                         timings.items(), ("these photos", "memory"), strict=True)]
+    return rows, {"photos": f"{len(photos.paths):,} of {flags.images or '500x375 (made)'}",
+                  "cores used": cores}
+
+
+def _measure_checkpoint(flags, overrides, variants, _):
+    rows = []
+    for variant in variants:
+        for batch_size in _batch_sizes(flags):
+            config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
+            found = checkpoint_stall(config, saves=flags.rounds, steps=3)
+            slower = found.step_while_writing and found.step_while_writing / found.step
+            rows.append({
+                "variant": variant, "batch": batch_size, "GiB": found.bytes / 2**30,
+                "ms/step": 1e3 * found.step, "blocked ms": 1e3 * found.blocked,
+                "blocked steps": found.blocked / found.step, "written s": found.written,
+                "step while writing": slower,
+            })
+    return rows, {}
+
+
+def _measure_startup(flags, overrides, variants, _):
+    rows = []
+    for variant in variants:
+        for batch_size in _batch_sizes(flags):
+            config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
+            for cache, found in zip(
+                    ("cold", "warm"), cold_and_warm(json.dumps(config_lib.to_json(config))),
+                    strict=True):
+                rows.append({
+                    "variant": variant, "cache": cache, "imports s": found.imports,
+                    "state s": found.state, "compile s": found.compile,
+                    "first step s": found.first_step, "total s": found.total,
+                })
+    return rows, {}
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

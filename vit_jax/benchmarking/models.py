@@ -1,0 +1,166 @@
+"""Our side of `--what=train` and `--what=infer`: the project's own steps, compiled and timed."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from vit_jax.benchmarking.timing import Run
+from vit_jax.config import image_size
+from vit_jax.models.summary import summarize
+from vit_jax.training import partition
+from vit_jax.training.optimizer import make_optimizer, make_schedule
+from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.step import make_loss_sum, make_train_step, normalize
+
+NUM_CLASSES = 1000
+_STEPS = 1000  # of a schedule nobody follows to its end
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A compiled step with its inputs on the devices.
+
+    Attributes:
+      run: does it so many times and returns the seconds.
+      flops: model FLOPs of one image (training: three forward passes, without what remat repeats).
+      compile_seconds: tracing and compiling, without a cache.
+      memory_bytes: what XLA's analysis says the step takes on each device.
+    """
+
+    run: Run
+    flops: float
+    compile_seconds: float
+    memory_bytes: int
+
+
+def synthetic_batch(batch_size: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """A training batch of noise, as `data.pipeline` makes them of images."""
+    generator = np.random.default_rng(0)
+    return {
+        "image": generator.integers(0, 256, (batch_size, *size, 3), np.uint8),
+        "label": generator.integers(0, NUM_CLASSES, batch_size, np.int32),
+        "mask": np.ones(batch_size, bool),
+        "flip": generator.random(batch_size) < 0.5,
+    }
+
+
+class Trainer:
+    """The train step of a config with its state, as `vit_jax.main` runs it under jit."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        """Raises UserError where the model or the mesh cannot be."""
+        size = image_size(config)
+        self.mesh = partition.make_mesh(config)
+        self.model = build_model(config, NUM_CLASSES, size)
+        schedule = make_schedule(config, _STEPS)
+        optimizer = make_optimizer(config, schedule, params_shapes(self.model, size))
+        init = make_init(self.model, optimizer, size, config.seed)
+        shardings, _ = partition.state_shardings(jax.eval_shape(init), self.mesh)
+        self.state = jax.jit(init, out_shardings=shardings)()
+        step = make_train_step(make_loss_sum(self.model, config), optimizer, schedule, config)
+        self._jitted = jax.jit(step, donate_argnums=0,
+                               out_shardings=(shardings, partition.replicated(self.mesh)))
+        self.batch = self.put(synthetic_batch(config.batch_size, size))
+
+    def put(self, batch):
+        """A host's batch on the devices."""
+        return jax.device_put(batch, partition.batch_sharding(self.mesh))
+
+    def compile(self):
+        """Returns XLA's executable of step(state, batch)."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted.lower(self.state, self.batch).compile()
+
+
+def training(config: ml_collections.ConfigDict) -> Work:
+    """Forward pass, backward pass and update of a batch that stays on the device."""
+    trainer = Trainer(config)
+    begin = time.perf_counter()
+    step = trainer.compile()
+    compile_seconds = time.perf_counter() - begin
+
+    def run(times):
+        begin = time.perf_counter()
+        for _ in range(times):
+            trainer.state, metrics = step(trainer.state, trainer.batch)
+        jax.block_until_ready((trainer.state, metrics))
+        return time.perf_counter() - begin
+
+    forward = summarize(trainer.model, image_size(config)).flops
+    return Work(run, 3.0 * forward, compile_seconds, _memory(step))
+
+
+def inference(config: ml_collections.ConfigDict) -> Work:
+    """Logits of a batch of uint8 images that stays on the device."""
+    size = image_size(config)
+    mesh = partition.make_mesh(config)
+    model = build_model(config, NUM_CLASSES, size)
+    shapes = params_shapes(model, size)
+    shardings, _ = partition.state_shardings(shapes, mesh)
+    init = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *size, 3)), train=False),
+                   out_shardings={"params": shardings})
+    params = init()
+    images = jax.device_put(
+        synthetic_batch(config.batch_size, size)["image"], partition.batch_sharding(mesh))
+    forward = jax.jit(lambda params, images: model.apply(params, normalize(images), train=False))
+    begin = time.perf_counter()
+    with jax.set_mesh(mesh):
+        compiled = forward.lower(params, images).compile()
+    compile_seconds = time.perf_counter() - begin
+
+    def run(times):
+        begin = time.perf_counter()
+        for _ in range(times):
+            logits = compiled(params, images)
+        jax.block_until_ready(logits)
+        return time.perf_counter() - begin
+
+    return Work(run, summarize(model, size).flops, compile_seconds, _memory(compiled))
+
+
+def _memory(compiled):
+    found = compiled.memory_analysis()
+    return (found.argument_size_in_bytes + found.temp_size_in_bytes
+            + found.output_size_in_bytes - found.alias_size_in_bytes)
+
+
+# [M, K] times [K, N]: square ones, and those of the MLPs of S/16 and B/16 for 16 images.
+_CPU_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (3152, 384, 1536), (3152, 768, 3072),
+               (3152, 3072, 768))
+# And of B/16 and H/14 for 128 images.
+_ACCELERATOR_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (25216, 768, 3072),
+                       (25216, 3072, 768), (32896, 1280, 5120))
+
+
+def matmul_shapes() -> tuple[tuple[int, int, int], ...]:
+    """The five products [M, K] x [K, N] whose fastest is the ceiling on this machine's devices."""
+    return _CPU_SHAPES if jax.default_backend() == "cpu" else _ACCELERATOR_SHAPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product on one device, with its FLOPs."""
+
+    run: Run
+    flops: float
+
+
+def matmul(shape: tuple[int, int, int], dtype: str) -> Product:
+    """XLA's product [M, K] x [K, N] of that shape."""
+    m, k, n = shape
+    a, b = (jax.random.normal(jax.random.key(i), sides, dtype)
+            for i, sides in enumerate(((m, k), (k, n))))
+    product = jax.jit(jnp.matmul).lower(a, b).compile()
+
+    def run(times):
+        begin = time.perf_counter()
+        for _ in range(times):
+            c = product(a, b)
+        jax.block_until_ready(c)
+        return time.perf_counter() - begin
+
+    return Product(run, 2.0 * m * k * n)

@@ -1,0 +1,72 @@
+"""Talks to a peer: another library that does the same work in a process of its own.
+
+In its own process it keeps its threads, its memory and its imports to itself; while the other side
+is measured it waits for a line on its standard input. Both ends speak one JSON object a line: the
+first, {"ready": {...}} or {"error": sentence}, comes from the peer, then {"times": n} goes to it
+and {"seconds": s} comes back.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vit_jax.errors import UserError
+
+# --against: the script, and its first argument.
+PEERS = {
+    "timm": ("torch_models.py", "timm"),
+    "timm-compiled": ("torch_models.py", "timm-compiled"),
+    "transformers": ("torch_models.py", "transformers"),
+    "tf.data": ("tensorflow_input.py", "tf.data"),
+    "torch-dataloader": ("torch_input.py", "torch-dataloader"),
+}
+
+
+class Peer:
+    """A started peer; `run` is its side of `timing.alternate`."""
+
+    def __init__(self, name: str, task: dict[str, Any], python: str = sys.executable):
+        """Starts it and waits until it can be measured.
+
+        Raises:
+          UserError: it cannot be had here, in its own words.
+        """
+        self.name = name
+        script, kind = PEERS[name]
+        path = Path(__file__).parent / "peers" / script
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [python, str(path), kind, json.dumps(task)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        self.about = self._answer("ready")
+
+    def run(self, times: int) -> float:
+        """Seconds it took to do its work so many times."""
+        self._process.stdin.write(json.dumps({"times": times}) + "\n")
+        self._process.stdin.flush()
+        return self._answer("seconds")
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.terminate()
+        self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def _answer(self, key):
+        for line in self._process.stdout:
+            if not line.startswith("{"):  # what the library prints
+                continue
+            answer = json.loads(line)
+            if key in answer:
+                return answer[key]
+            raise UserError(f"--against={self.name}: {answer['error']}")
+        self._process.wait()
+        self._errors.seek(0)
+        last = (self._errors.read().strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"--against={self.name} ended with exit code "
+                        f"{self._process.returncode}: {last}")

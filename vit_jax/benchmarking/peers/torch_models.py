@@ -1,0 +1,104 @@
+"""PyTorch's side of training and inference: timm, timm with torch.compile, or transformers."""
+
+import contextlib
+import time
+
+from serve import serve
+
+
+def prepare(kind, task):
+    import torch
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as JAX does
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, library = (hugging_face if kind == "transformers" else timm_model)(task)
+    model = model.to(device).train(task["what"] == "train")
+    forward = torch.compile(model) if kind == "timm-compiled" else model
+    batch, (height, width) = task["batch_size"], task["image_size"]
+    images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, task["num_classes"], (batch,), device=device)
+
+    def autocast():
+        if task["dtype"] == "bfloat16":
+            return torch.autocast(device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def logits():
+        with autocast():
+            outputs = forward(images.float() / 127.5 - 1)
+        return getattr(outputs, "logits", outputs).float()
+
+    if task["what"] == "train":
+        fused = {"fused": True} if device.type == "cuda" else {}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, **fused)
+
+        def step():
+            torch.nn.functional.cross_entropy(logits(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    else:
+        def step():
+            with torch.inference_mode():
+                logits()
+
+    def run(times):
+        begin = time.perf_counter()
+        for _ in range(times):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    try:
+        run(1)
+        first = time.perf_counter() - begin
+        run(1)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"a batch of {batch} does not fit into its memory") from None
+    about = {"library": f"{library}, torch {torch.__version__}", "first_seconds": first,
+             "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        about["memory_bytes"] = torch.cuda.max_memory_allocated()
+    return run, about
+
+
+def timm_model(task):
+    try:
+        import timm
+    except RuntimeError:  # a torchvision whose compiled part is for another PyTorch
+        import torch
+
+        # Declared, its operators can be imported; no model here calls them.
+        global _operators
+        _operators = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            _operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import timm
+    if not task["timm"]:
+        raise ValueError(f"timm has no {task['variant']}; leave it out.")
+    model = timm.create_model(
+        task["timm"], num_classes=task["num_classes"], img_size=tuple(task["image_size"]))
+    return model, f"timm {timm.__version__}"
+
+
+def hugging_face(task):
+    import transformers
+
+    if task["hybrid"]:
+        raise ValueError(f"transformers has no {task['variant']}; leave it out.")
+    sizes = task["sizes"]
+    config = transformers.ViTConfig(
+        hidden_size=sizes["hidden_size"], intermediate_size=sizes["mlp_dim"],
+        num_hidden_layers=sizes["num_layers"], num_attention_heads=sizes["num_heads"],
+        patch_size=sizes["patch_size"], image_size=tuple(task["image_size"]),
+        num_labels=task["num_classes"])
+    return (transformers.ViTForImageClassification(config),
+            f"transformers {transformers.__version__}")
+
+
+if __name__ == "__main__":
+    serve(prepare)

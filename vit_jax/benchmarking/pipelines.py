@@ -1,0 +1,53 @@
+"""Our side of `--what=input`, and training that is fed by it."""
+
+import time
+
+import jax
+import ml_collections
+
+from vit_jax.benchmarking.models import Trainer
+from vit_jax.benchmarking.photos import Photos
+from vit_jax.benchmarking.timing import Run
+from vit_jax.config import image_size
+from vit_jax.data.pipeline import BadImages, train_batches
+
+
+# Batches that a pipeline may have made before its clock began to run, and does not get for free.
+READ_AHEAD = 4
+
+
+def batches(config: ml_collections.ConfigDict, photos: Photos):
+    """Endless training batches of the photos, as `vit_jax.main` reads them."""
+    return train_batches(photos, config, image_size(config), BadImages("error"))
+
+
+def decoding(config: ml_collections.ConfigDict, photos: Photos) -> Run:
+    """Reads, decodes, crops and resizes batches and does nothing with them."""
+    stream = batches(config, photos)
+
+    def run(times):
+        for _ in range(READ_AHEAD):
+            next(stream)
+        begin = time.perf_counter()
+        for _ in range(times):
+            next(stream)
+        return time.perf_counter() - begin
+
+    return run
+
+
+def fed_training(config: ml_collections.ConfigDict, photos: Photos) -> tuple[Run, Run]:
+    """Training steps whose batches come (from the photos, from memory); one compiled step."""
+    trainer = Trainer(config)
+    step = trainer.compile()
+    stream = batches(config, photos)
+
+    def run(times, feed):
+        begin = time.perf_counter()
+        for _ in range(times):
+            trainer.state, metrics = step(trainer.state, feed())
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - begin
+
+    return (lambda times: run(times, lambda: trainer.put(next(stream))),
+            lambda times: run(times, lambda: trainer.batch))
