@@ -152,6 +152,11 @@ def _measure_model(flags, config, variant, against):
             Peer(name, _task(flags.what, config, variant), flags.peer_python)))
             for name in against}
         work = build(config)
+        for name, peer in peers.items():
+            if peer.about["parameters"] != work.parameters:
+                raise UserError(
+                    f"--against={name} is another model: {peer.about['parameters']:,} parameters, "
+                    f"and here {work.parameters:,}; leave out what --config.model.* changes.")
         products = {" x ".join(map(str, shape)): models.matmul(shape, config.dtype)
                     for shape in models.matmul_shapes()}
         sides = {"vit_jax": work.run} | {name: peer.run for name, peer in peers.items()}
@@ -261,8 +266,8 @@ def _measure_input(flags, overrides, variants, against):
                 "aspect": config.data.crop_aspect, "read_ahead": pipelines.READ_AHEAD}
         peers = {name: stack.enter_context(contextlib.closing(
             Peer(name, task, flags.peer_python))) for name in against}
-        sides = {"vit_jax": pipelines.decoding(config, photos)} | {
-            name: peer.run for name, peer in peers.items()}
+        decode = stack.enter_context(pipelines.decoding(config, photos))
+        sides = {"vit_jax": decode} | {name: peer.run for name, peer in peers.items()}
         timings = alternate(sides, rounds=flags.rounds, seconds=lambda _: flags.seconds)
         for side, timing in timings.items():
             rows.append({
@@ -274,9 +279,9 @@ def _measure_input(flags, overrides, variants, against):
             })
         for variant in variants:
             settings = {"model.variant": variant, "batch_size": batch_size}
-            fed, synthetic = pipelines.fed_training(_config(overrides, **settings), photos)
-            timings = alternate({"fed": fed, "memory": synthetic}, rounds=flags.rounds,
-                                seconds=lambda _: flags.seconds)
+            with pipelines.fed_training(_config(overrides, **settings), photos) as (fed, synthetic):
+                timings = alternate({"fed": fed, "memory": synthetic}, rounds=flags.rounds,
+                                    seconds=lambda _: flags.seconds)
             rows += [{"side": f"training {variant} from {source}", **_rates(timing, batch_size),
                       "of training from memory": None if name == "memory" else ratio(
                           timing, timings["memory"])}

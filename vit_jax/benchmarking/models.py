@@ -10,8 +10,9 @@ import numpy as np
 
 from vit_jax.benchmarking.timing import Run
 from vit_jax.config import image_size
+from vit_jax.devices import train_flops
 from vit_jax.models.summary import summarize
-from vit_jax.training import partition
+from vit_jax.training import parallel, partition
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
 from vit_jax.training.step import make_loss_sum, make_train_step, normalize
@@ -29,12 +30,14 @@ class Work:
       flops: model FLOPs of one image (training: three forward passes, without what remat repeats).
       compile_seconds: tracing and compiling, without a cache.
       memory_bytes: what XLA's analysis says the step takes on each device.
+      parameters: number of scalars.
     """
 
     run: Run
     flops: float
     compile_seconds: float
     memory_bytes: int
+    parameters: int
 
 
 def synthetic_batch(batch_size: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -55,6 +58,7 @@ class Trainer:
         """Raises UserError where the model or the mesh cannot be."""
         size = image_size(config)
         self.mesh = partition.make_mesh(config)
+        parallel.check_devices(config, self.mesh)
         self.model = build_model(config, NUM_CLASSES, size)
         schedule = make_schedule(config, _STEPS)
         optimizer = make_optimizer(config, schedule, params_shapes(self.model, size))
@@ -90,14 +94,15 @@ def training(config: ml_collections.ConfigDict) -> Work:
         jax.block_until_ready((trainer.state, metrics))
         return time.perf_counter() - begin
 
-    forward = summarize(trainer.model, image_size(config)).flops
-    return Work(run, 3.0 * forward, compile_seconds, _memory(step))
+    summary = summarize(trainer.model, image_size(config))
+    return Work(run, train_flops(summary.flops), compile_seconds, _memory(step), summary.parameters)
 
 
 def inference(config: ml_collections.ConfigDict) -> Work:
     """Logits of a batch of uint8 images that stays on the device."""
     size = image_size(config)
     mesh = partition.make_mesh(config)
+    parallel.check_devices(config, mesh)
     model = build_model(config, NUM_CLASSES, size)
     shapes = params_shapes(model, size)
     shardings, _ = partition.state_shardings(shapes, mesh)
@@ -119,7 +124,8 @@ def inference(config: ml_collections.ConfigDict) -> Work:
         jax.block_until_ready(logits)
         return time.perf_counter() - begin
 
-    return Work(run, summarize(model, size).flops, compile_seconds, _memory(compiled))
+    summary = summarize(model, size)
+    return Work(run, summary.flops, compile_seconds, _memory(compiled), summary.parameters)
 
 
 def _memory(compiled):

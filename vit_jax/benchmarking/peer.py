@@ -6,6 +6,7 @@ first, {"ready": {...}} or {"error": sentence}, comes from the peer, then {"time
 and {"seconds": s} comes back.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -41,17 +42,23 @@ class Peer:
         self._process = subprocess.Popen(
             [python, str(path), kind, json.dumps(task)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._errors, text=True)
-        self.about = self._answer("ready")
+        try:
+            self.about = self._answer("ready")
+        except UserError:
+            self.close()
+            raise
 
     def run(self, times: int) -> float:
         """Seconds it took to do its work so many times."""
-        self._process.stdin.write(json.dumps({"times": times}) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then the answer is missing, and that is said
+            self._process.stdin.write(json.dumps({"times": times}) + "\n")
+            self._process.stdin.flush()
         return self._answer("seconds")
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have ended, with a line unread
+            self._process.stdin.close()
         self._process.terminate()
         self._process.wait()
         self._process.stdout.close()

@@ -1,6 +1,8 @@
 """Our side of `--what=input`, and training that is fed by it."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import jax
 import ml_collections
@@ -11,7 +13,6 @@ from vit_jax.benchmarking.timing import Run
 from vit_jax.config import image_size
 from vit_jax.data.pipeline import BadImages, train_batches
 
-
 # Batches that a pipeline may have made before its clock began to run, and does not get for free.
 READ_AHEAD = 4
 
@@ -21,7 +22,8 @@ def batches(config: ml_collections.ConfigDict, photos: Photos):
     return train_batches(photos, config, image_size(config), BadImages("error"))
 
 
-def decoding(config: ml_collections.ConfigDict, photos: Photos) -> Run:
+@contextlib.contextmanager
+def decoding(config: ml_collections.ConfigDict, photos: Photos) -> Iterator[Run]:
     """Reads, decodes, crops and resizes batches and does nothing with them."""
     stream = batches(config, photos)
 
@@ -33,10 +35,14 @@ def decoding(config: ml_collections.ConfigDict, photos: Photos) -> Run:
             next(stream)
         return time.perf_counter() - begin
 
-    return run
+    with contextlib.closing(stream):
+        yield run
 
 
-def fed_training(config: ml_collections.ConfigDict, photos: Photos) -> tuple[Run, Run]:
+@contextlib.contextmanager
+def fed_training(
+    config: ml_collections.ConfigDict, photos: Photos
+) -> Iterator[tuple[Run, Run]]:
     """Training steps whose batches come (from the photos, from memory); one compiled step."""
     trainer = Trainer(config)
     step = trainer.compile()
@@ -49,5 +55,6 @@ def fed_training(config: ml_collections.ConfigDict, photos: Photos) -> tuple[Run
         jax.block_until_ready(metrics)
         return time.perf_counter() - begin
 
-    return (lambda times: run(times, lambda: trainer.put(next(stream))),
-            lambda times: run(times, lambda: trainer.batch))
+    with contextlib.closing(stream):
+        yield (lambda times: run(times, lambda: trainer.put(next(stream))),
+               lambda times: run(times, lambda: trainer.batch))

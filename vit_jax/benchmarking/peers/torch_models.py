@@ -12,6 +12,7 @@ def prepare(kind, task):
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as JAX does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    declare_torchvision()
     model, library = (hugging_face if kind == "transformers" else timm_model)(task)
     model = model.to(device).train(task["what"] == "train")
     forward = torch.compile(model) if kind == "timm-compiled" else model
@@ -60,24 +61,31 @@ def prepare(kind, task):
     except torch.OutOfMemoryError:
         raise ValueError(f"a batch of {batch} does not fit into its memory") from None
     about = {"library": f"{library}, torch {torch.__version__}", "first_seconds": first,
-             "threads": torch.get_num_threads()}
+             "parameters": sum(p.numel() for p in model.parameters())}
     if device.type == "cuda":
         about["memory_bytes"] = torch.cuda.max_memory_allocated()
     return run, about
 
 
-def timm_model(task):
-    try:
-        import timm
-    except RuntimeError:  # a torchvision whose compiled part is for another PyTorch
-        import torch
+def declare_torchvision():
+    """Both libraries import torchvision, whose compiled part may be for another PyTorch. Declared,
+    its operators can be imported; no model here calls them."""
+    import torch
 
-        # Declared, its operators can be imported; no model here calls them.
-        global _operators
-        _operators = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            _operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import timm
+    with contextlib.suppress(ImportError):
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            global _operators
+            _operators = torch.library.Library("torchvision", "FRAGMENT")
+            for name in ("nms", "qnms"):
+                _operators.define(
+                    f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def timm_model(task):
+    import timm
+
     if not task["timm"]:
         raise ValueError(f"timm has no {task['variant']}; leave it out.")
     model = timm.create_model(

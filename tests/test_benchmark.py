@@ -1,0 +1,163 @@
+"""The command, on models of a few neurons: what it measures is real, how fast is not tested."""
+
+import csv
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import benchmark
+from vit_jax.benchmarking import models
+from vit_jax.errors import UserError
+
+TINY = ["--config.data.image_size=8", "--config.model.patch_size=4",
+        "--config.model.hidden_size=16", "--config.model.mlp_dim=24", "--config.model.num_heads=2",
+        "--config.model.num_layers=2"]
+QUICK = ["--rounds=2", "--seconds=0.01", "--batch_sizes=8"]
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm and PyTorch are not installed")
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(models, "_CPU_SHAPES", ((8, 16, 24), (16, 16, 16)))
+    monkeypatch.setattr(benchmark, "_MATMUL_SECONDS", 0.001)
+
+
+def rows(tmp_path, *arguments):
+    benchmark.main([*arguments, f"--out={tmp_path / 'out'}"])
+    found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    with open(tmp_path / "out" / "benchmark.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(found["rows"])
+    with Image.open(tmp_path / "out" / "benchmark.png") as chart:
+        assert chart.size[0] > 500
+    return found
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("what, passes", [("train", 3), ("infer", 1)])
+def test_models(what, passes, tmp_path, capsys):
+    found = rows(tmp_path, f"--what={what}", "--variants=B/16,S/16", *QUICK, *TINY,
+                 "--config.model.remat=full" if what == "train" else "--config.dtype=bfloat16")
+    assert [row["variant"] for row in found["rows"]] == ["B/16", "S/16"]
+    assert found["command"].startswith(f"python -m vit_jax.benchmark --what={what}")
+    assert found["packages"]["jax"] and found["cores"] >= 1 and len(found["matmul TFLOP/s"]) == 2
+    for row in found["rows"]:
+        assert row["worst"] <= row["images/s"] <= row["best"] and row["batch"] == 8
+        assert row["images/s"] == pytest.approx(8e3 / row["ms/step"])
+        assert row["GiB"] > 0 and row["compile s"] > 0 and row["MFU"] is None
+        # 2 FLOPs a multiply-add, whatever remat repeats: near the share computed by hand.
+        assert row["of matmul"] > 0
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_training_trains():
+    """The measured step is the run's own: it changes the weights, and counts its steps."""
+    config = benchmark._config({}, **{"model.variant": "S/16", "batch_size": 8,
+                                      "data.image_size": 16, "model.num_layers": 1})
+    trainer = models.Trainer(config)
+    before = np.asarray(trainer.state.params["head"]["bias"])
+    step = trainer.compile()
+    trainer.state, metrics = step(trainer.state, trainer.batch)
+    assert int(trainer.state.step) == 1 and np.isfinite(float(metrics["loss"]))
+    assert (np.asarray(trainer.state.params["head"]["bias"]) != before).any()
+
+
+@needs_torch
+@pytest.mark.parametrize("what", ["train", "infer"])
+def test_against_pytorch(what, tmp_path):
+    found = rows(tmp_path, f"--what={what}", "--variants=Ti/16", *QUICK,
+                 "--config.data.image_size=32", "--against=timm,transformers")
+    ours, timm, transformers = found["rows"]
+    assert [row["side"] for row in found["rows"]] == ["vit_jax", "timm", "transformers"]
+    assert timm["library"].startswith("timm ") and "torch " in transformers["library"]
+    assert timm["vit_jax is faster by"] > 0 and ours["vit_jax is faster by"] is None
+
+
+@needs_torch
+def test_another_model_is_not_compared():
+    with pytest.raises(UserError, match="is another model: 5,680,552 parameters, and here"):
+        benchmark.main(["--what=infer", "--variants=Ti/16", *QUICK, "--against=timm",
+                        "--config.data.image_size=32", "--config.model.num_layers=3"])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos" / "inside"
+    folder.mkdir(parents=True)
+    for i, size in enumerate([(40, 30), (25, 50), (16, 16)]):
+        pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.JPG", format="JPEG")
+    return folder.parent
+
+
+def test_input_and_training_that_it_feeds(tmp_path, photos):
+    found = rows(tmp_path, "--what=input", f"--images={photos}", *QUICK, *TINY, "--variants=B/16",
+                 "--config.data.workers=2")
+    ours, fed, memory = found["rows"]
+    assert ours["images/s/core"] == pytest.approx(ours["images/s"] / 2)
+    assert fed["side"] == "training B/16 from these photos" and "from memory" in memory["side"]
+    assert fed["of training from memory"] > 0 and found["photos"].startswith("3 of ")
+
+
+@needs_torch
+def test_input_against_a_data_loader(tmp_path, photos):
+    found = rows(tmp_path, "--what=input", f"--images={photos}", *QUICK,
+                 "--config.data.image_size=8", "--against=torch-dataloader")
+    assert found["rows"][1]["library"].startswith("torch ")
+
+
+def test_made_photos(tmp_path):
+    found = rows(tmp_path, "--what=input", "--rounds=1", "--seconds=0.01", "--batch_sizes=8")
+    assert found["photos"] == "256 of 500x375 (made)"
+
+
+def test_checkpoint(tmp_path):
+    (row,) = rows(tmp_path, "--what=checkpoint", "--variants=B/16", *QUICK, *TINY)["rows"]
+    assert row["blocked steps"] == pytest.approx(row["blocked ms"] / row["ms/step"])
+    assert row["written s"] >= row["blocked ms"] / 1e3
+    # Weights and two moments in float32, of which little is compressible.
+    assert row["GiB"] * 2**30 > 3 * 4 * 20_000
+
+
+def test_startup(tmp_path):
+    cold, warm = rows(tmp_path, "--what=startup", "--variants=B/16", *QUICK, *TINY)["rows"]
+    assert (cold["cache"], warm["cache"]) == ("cold", "warm")
+    for row in (cold, warm):
+        phases = ("imports s", "state s", "compile s", "first step s")
+        assert row["total s"] == pytest.approx(sum(row[phase] for phase in phases))
+    assert warm["compile s"] < cold["compile s"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--what"),
+    (["--what=speed"], "invalid choice: 'speed'"),
+    (["--what=train", "--variants=S/17"], "--variants: .*S/17"),
+    (["--what=train", "--batch_sizes=0"], "--batch_sizes=0 is neither a number"),
+    (["--what=train", "--batch_sizes=largest", *TINY], "needs an accelerator"),
+    (["--what=train", "--against=tf.data"], "tf.data does not go with --what=train; timm"),
+    (["--what=startup", "--against=timm"], "does not go with --what=startup; nothing does"),
+    (["--what=train", "--images=x"], "--images is for --what=input"),
+    (["--what=input", "--images=/nothing"], "/nothing holds no .jpg"),
+    (["--what=infer", "--batch_sizes=3", *TINY], "batch_size=3 is not divisible by 8"),
+    (["--what=train", "--rounds=0"], "--rounds must be at least 1"),
+    (["--what=train", "--config.batch_size=3"], "--config.batch_size is what --variants and"),
+    (["--what=train", "--config.mesh.fsdp=3"], "does not fit"),
+    (["--what=train", "--against=timm", "--config.model.remat=full"], "no --config.model.remat"),
+    (["--what=train", "--config.nonsense=1"], "nonsense"),
+])
+def test_mistakes(arguments, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.main(arguments)
+
+
+@needs_torch
+def test_a_library_that_is_not_installed():
+    with pytest.raises(UserError, match="tensorflow is not installed .*--peer_python"):
+        if importlib.util.find_spec("tensorflow"):
+            pytest.skip("TensorFlow is installed")
+        benchmark.main(["--what=input", "--against=tf.data", f"--peer_python={sys.executable}"])
