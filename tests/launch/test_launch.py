@@ -16,7 +16,6 @@ import jax
 import pytest
 import yaml
 
-pytestmark = pytest.mark.core
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 TINY = f"--config={ROOT / 'tests' / 'tiny.py'}"
