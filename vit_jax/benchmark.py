@@ -21,6 +21,7 @@ from vit_jax.benchmarking.stall import checkpoint_stall
 from vit_jax.benchmarking.startup import cold_and_warm
 from vit_jax.benchmarking.timing import Timing, alternate, largest, ratio
 from vit_jax.checkpoints.targets import timm_name
+from vit_jax.data.pipeline import available_cores
 from vit_jax.errors import UserError
 from vit_jax.models.variants import VARIANTS, canonical_name
 
@@ -260,7 +261,7 @@ def _measure_input(flags, overrides, variants, against):
             make_photos(folder)
         photos = Photos(folder)
         config = _config(overrides, batch_size=batch_size)
-        cores = config.data.workers or len(os.sched_getaffinity(0))
+        cores = config.data.workers or available_cores()
         task = {"paths": photos.paths, "batch_size": batch_size, "workers": cores,
                 "image_size": config_lib.image_size(config), "area": config.data.crop_area,
                 "aspect": config.data.crop_aspect, "read_ahead": pipelines.READ_AHEAD}

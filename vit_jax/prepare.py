@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from vit_jax import cli
+from vit_jax.data.pipeline import available_cores
 from vit_jax.data.preparing.forms import open_input
 from vit_jax.data.preparing.inputs import Input
 from vit_jax.data.preparing.shards import Options, OutputFile, Preparation, Tally
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
                         help="shrink images whose short side is longer, and store JPEGs")
     parser.add_argument("--quality", metavar="Q", type=int, default=95,
                         help="of the JPEGs that --resize writes, 1 to 100 (95)")
-    parser.add_argument("--workers", metavar="N", type=int, default=_cores(),
+    parser.add_argument("--workers", metavar="N", type=int, default=available_cores(),
                         help="threads; default: the cores this process may use")
     parser.add_argument("--shard", metavar="I/N", default="0/1",
                         help="write the I-th of N parts, I from 0; whichever of the N commands "
@@ -257,11 +258,6 @@ def _size(count: int) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
-
-
-def _cores() -> int:
-    """Cores this process may use, which in a container or job are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 if __name__ == "__main__":

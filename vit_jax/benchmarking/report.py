@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
+from vit_jax.data.pipeline import available_cores
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "simplejpeg",
              "opencv-python-headless")
 
@@ -31,8 +33,7 @@ def environment(arguments: list[str]) -> dict[str, Any]:
         "commit": commit or None,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": available_cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -204,7 +204,7 @@ def _parallel_batches(
     workers: int | None,
 ) -> Iterator[Batch]:
     """Assembles a batch for every list of positions, `_BATCHES_AHEAD` ahead of the consumer."""
-    workers = _cores() if workers is None else workers
+    workers = available_cores() if workers is None else workers
 
     def empty(rows):
         return {
@@ -256,6 +256,6 @@ def _finish(batch, futures):
     return batch
 
 
-def _cores():
+def available_cores() -> int:
     """Cores this process may use, which in a container or job are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
