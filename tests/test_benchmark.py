@@ -4,7 +4,9 @@ import csv
 import importlib.util
 import json
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -64,6 +66,20 @@ def test_training_trains():
     trainer.state, metrics = step(trainer.state, trainer.batch)
     assert int(trainer.state.step) == 1 and np.isfinite(float(metrics["loss"]))
     assert (np.asarray(trainer.state.params["head"]["bias"]) != before).any()
+
+
+def test_largest(tmp_path, monkeypatch):
+    """With a device that holds 100 images, 8 devices' worth at a time."""
+    def build(config):
+        if config.batch_size > 100:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return types.SimpleNamespace(run=lambda times: 1.0)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(models, "training", build)
+    found = rows(tmp_path, "--what=train", "--variants=B/16", "--batch_sizes=largest", *TINY)
+    (row,) = found["rows"]
+    assert row["side"] == "vit_jax" and row["largest batch"] == 96
 
 
 @needs_torch
@@ -137,8 +153,11 @@ def test_startup(tmp_path):
     ([], "--what"),
     (["--what=speed"], "invalid choice: 'speed'"),
     (["--what=train", "--variants=S/17"], "--variants: .*S/17"),
-    (["--what=train", "--batch_sizes=0"], "--batch_sizes=0 is neither a number"),
-    (["--what=train", "--batch_sizes=largest", *TINY], "needs an accelerator"),
+    (["--what=train", "--batch_sizes=0"], "=0 is no number of images, nor 'largest' alone"),
+    (["--what=train", "--batch_sizes=largest", "--against=timm", *TINY], "needs an accelerator"),
+    (["--what=train", "--batch_sizes=8,largest"], "--batch_sizes=largest is no number"),
+    (["--what=checkpoint", "--batch_sizes=largest"], "largest is no number of images."),
+    (["--what=input", "--batch_sizes=8,16"], "measures one of --batch_sizes"),
     (["--what=train", "--against=tf.data"], "tf.data does not go with --what=train; timm"),
     (["--what=startup", "--against=timm"], "does not go with --what=startup; nothing does"),
     (["--what=train", "--images=x"], "--images is for --what=input"),

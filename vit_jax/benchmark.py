@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> None:
                             f"{possible} does.")
     if flags.images and flags.what != "input":
         raise UserError("--images is for --what=input.")
-    if against:  # a GPU's memory is shared with the other process
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.45")
+    if against:  # a GPU's memory is shared with the other process, so that none is taken ahead
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not variants and flags.what != "input":
         variants = ["S/16"]
 
@@ -62,8 +62,9 @@ def main(arguments: list[str]) -> None:
     if flags.out:
         chart = {"input": ("side", "images/s"), "checkpoint": ("variant", "blocked ms"),
                  "startup": ("variant cache", "total s")}
-        report.write(Path(flags.out), about, rows,
-                     chart.get(flags.what, ("variant batch side", "images/s")))
+        models_chart = (("variant side", "largest batch") if flags.batch_sizes == "largest"
+                        else ("variant batch side", "images/s"))
+        report.write(Path(flags.out), about, rows, chart.get(flags.what, models_chart))
 
 
 def _parse(arguments) -> argparse.Namespace:
@@ -110,9 +111,10 @@ def _variant(name):
 
 def _batch_sizes(flags):
     for text in flags.batch_sizes.split(","):
-        if text != "largest" and not (text.isdecimal() and int(text)):
-            raise UserError(f"--batch_sizes={text} is neither a number of images nor 'largest'.")
-        yield text if text == "largest" else int(text)
+        if not (text.isdecimal() and int(text)):
+            alone = ", nor 'largest' alone" if flags.what in ("train", "infer") else ""
+            raise UserError(f"--batch_sizes={text} is no number of images{alone}.")
+        yield int(text)
 
 
 def _config(overrides, **settings) -> ml_collections.ConfigDict:
@@ -135,10 +137,10 @@ def _config(overrides, **settings) -> ml_collections.ConfigDict:
 def _measure_models(flags, overrides, variants, against):
     rows, rates = [], None
     for variant in variants:
+        if flags.batch_sizes == "largest":
+            rows += _largest_batches(flags, overrides, variant, against)
+            continue
         for batch_size in _batch_sizes(flags):
-            if batch_size == "largest":
-                rows += _largest_batches(flags, overrides, variant, against)
-                continue
             config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
             found, rates = _measure_model(flags, config, variant, against)
             rows += found
@@ -214,8 +216,8 @@ def _task(what, config, variant):
 
 
 def _largest_batches(flags, overrides, variant, against):
-    """Rows of the largest batch of every side. The peers come first: once JAX has begun, most of a
-    GPU's memory is its own."""
+    """Rows of the largest batch of every side. The peers come first: JAX, which takes no memory
+    before it needs some, does not give it back."""
     def config(batch_size):
         return _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
 
@@ -238,15 +240,16 @@ def _largest_batches(flags, overrides, variant, against):
             raise
         return True
 
-    found = {name: largest(lambda n: peer_fits(name, n), _LARGEST_BATCH)  # noqa: B023
-             for name in against}
     if jax.default_backend() == "cpu":
         raise UserError("--batch_sizes=largest needs an accelerator; a CPU's memory is shared, and "
                         "what fits is not for one process to find out.")
+    found = {name: largest(lambda n: peer_fits(name, n), _LARGEST_BATCH)  # noqa: B023
+             for name in against}
     shards = len(jax.devices())
     found = {"vit_jax": shards * largest(
         lambda n: fits(shards * n), _LARGEST_BATCH // shards)} | found
-    return [{"variant": variant, "largest batch": batch, "side": side, "images/s": None}
+    return [{"variant": variant, "dtype": config(shards).dtype, "side": side,
+             "largest batch": batch}
             for side, batch in found.items()]
 
 
@@ -254,7 +257,9 @@ def _largest_batches(flags, overrides, variant, against):
 
 
 def _measure_input(flags, overrides, variants, against):
-    rows, batch_size = [], max((n for n in _batch_sizes(flags) if n != "largest"), default=16)
+    rows, (batch_size, *others) = [], _batch_sizes(flags)
+    if others:
+        raise UserError("--what=input measures one of --batch_sizes; run it again for another.")
     with contextlib.ExitStack() as stack:
         folder = Path(flags.images or stack.enter_context(tempfile.TemporaryDirectory()))
         if not flags.images:
