@@ -30,10 +30,17 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, writable: bool = True):
+        # By default every array that all devices hold is cut into a part for each of them to write:
+        # thousands of small programs to compile and to run before a save returns.
+        kinds, scalars = ocp.type_handlers, ocp.type_handlers.ScalarHandler()
+        state = ocp.PyTreeCheckpointHandler(
+            type_handler_registry=kinds.create_type_handler_registry(
+                (int, scalars), (float, scalars), (np.ndarray, kinds.NumpyHandler()),
+                (jax.Array, kinds.ArrayHandler(use_replica_parallel=False))))
         # Without a registry Orbax could not tell what lies in a checkpoint it did not write.
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        state, meta = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
-        for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        meta = ocp.JsonCheckpointHandler()
+        for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
             handlers.add("state", args, state)
         for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
             handlers.add("meta", args, meta)
@@ -77,7 +84,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_fields(_to_disk(state))), meta=ocp.args.JsonSave(meta)
+                state=ocp.args.PyTreeSave(_fields(_to_disk(state))), meta=ocp.args.JsonSave(meta)
             ),
             metrics=metrics or _NOT_EVALUATED,
         )
@@ -126,7 +133,9 @@ class Checkpoints:
         return self._restore_state(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree))
 
     def _restore_state(self, step, state):
-        return self._restore(step, state=ocp.args.StandardRestore(state))["state"]
+        wanted = ocp.args.PyTreeRestore(
+            state, restore_args=ocp.checkpoint_utils.construct_restore_args(state))
+        return self._restore(step, state=wanted)["state"]
 
     def _restore(self, step, **args):
         try:
