@@ -184,16 +184,11 @@ def attention_kernel(
     requested = config.model.attention_implementation or "auto"
     if requested == "xla":
         return "xla", ""
-    multiple, (height, width) = model.patch_size * model.stem_stride, config_lib.image_size(config)
-    tokens = ((height // multiple) * (width // multiple) + model.register_tokens
-              + ("token" in model.classifier))
     head_dim = model.hidden_size // model.num_heads
     reason = cudnn_lacks(config.dtype, head_dim, model.attention_dropout_rate,
                          model.position_embedding == "relative")
     if not device.is_nvidia:
         reason = "cuDNN's kernel needs an NVIDIA GPU"
-    elif not reason and tokens % 2:
-        reason = f"JAX trains cuDNN's kernel on even numbers of tokens only, not {tokens}"
     if reason and requested == "cudnn":
         raise UserError(f"config.model.attention_implementation='cudnn' cannot be used: {reason}; "
                         "use 'auto' or 'xla'.")

@@ -1,5 +1,6 @@
 """Multi-head self-attention with Google's parameter tree (query, key, value, out)."""
 
+import functools
 import re
 from typing import Any
 
@@ -57,14 +58,21 @@ def _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions):
         return "cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 or later"
     if reason := cudnn_lacks(dtype, head_dim, dropout_rate, relative_positions):
         return reason
-    # The rest is up to the versions of JAX and cuDNN, and JAX says so when it traces the gradient.
-    # (0.10 to 0.12 refuse odd lengths there.)
-    heads = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
+    return _cudnn_refusal(jnp.dtype(dtype).name, length, head_dim)
+
+
+@functools.cache
+def _cudnn_refusal(dtype: str, length: int, head_dim: int) -> str:
+    """What the versions of JAX, XLA and cuDNN at hand say against it; '' if nothing."""
     try:
-        jax.eval_shape(jax.grad(lambda x: _cudnn_attention(x, x, x).sum()), heads)
+        _compile_gradient(jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype))
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return f"JAX refuses cuDNN's kernel: {str(error).splitlines()[0].rstrip('.')}"
     return ""
+
+
+def _compile_gradient(heads):
+    jax.jit(jax.grad(lambda x: fused_attend(x, x, x).sum())).lower(heads).compile()
 
 
 def cudnn_lacks(dtype: Any, head_dim: int, dropout_rate: float, relative_positions: bool) -> str:
@@ -82,8 +90,22 @@ def cudnn_lacks(dtype: Any, head_dim: int, dropout_rate: float, relative_positio
     return ""
 
 
-def _cudnn_attention(query, key, value):
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+def fused_attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "cudnn"
+) -> jax.Array:
+    """`attend` by the kernel that `jax.nn.dot_product_attention` calls `implementation`.
+
+    JAX (0.10 to 0.12) refuses cuDNN's gradient for odd numbers of tokens, such as 14x14 patches and
+    a class token. They get one more, which none attends to and which is taken off again.
+    """
+    length, lengths = query.shape[1], None
+    if length % 2:
+        one = ((0, 0), (0, 1), (0, 0), (0, 0))
+        query, key, value = (jnp.pad(x, one) for x in (query, key, value))
+        lengths = jnp.full(query.shape[0], length, jnp.int32)
+    heads = jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths, implementation=implementation)
+    return heads[:, :length]
 
 
 @jax.custom_vjp
@@ -187,7 +209,7 @@ class MultiHeadDotProductAttention(nn.Module):
             relative_positions=self.relative_positions,
         )
         if implementation == "cudnn":
-            heads = _cudnn_attention(query, key, value)
+            heads = fused_attend(query, key, value)
         elif recording or self.relative_positions or (train and self.dropout_rate):
             logits = einsum_float32("bqhd,bkhd->bhqk", query, key)
             if self.relative_positions:
