@@ -88,7 +88,7 @@ def test_no_key_is_dead(tiny_config, tmp_path, monkeypatch):
         config = recorded(config)
         make_optimizer(config, make_schedule(config, 10), params)
         float(make_schedule(config, 10)(1))
-        pipeline.train_image(image, (8, 8), rng, config.data)
+        pipeline.train_view((8, 8), config.data)(image, rng)
         pipeline.eval_crop(image, (8, 8), config.data)
     assert set(FIELDS) - read == {"data.dead"}
 

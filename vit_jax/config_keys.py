@@ -126,6 +126,8 @@ FIELDS: dict[str, Field] = {
                             minimum=1e-6, maximum=1, item=float, length=2),
     "data.crop_aspect": Field((0.75, 4 / 3), tuple, "range of its width / height",
                               minimum=1e-6, item=float, length=2),
+    "data.scaled_decode": Field(True, bool, "decode JPEGs at 1/2, 1/4 or 1/8 where an inception "
+                                "crop keeps at least the model's size; see docs/data.md"),
     "data.crop_padding": Field(4, int, "pixels of zeros on each side for train_crop='pad'",
                                minimum=0),
     "data.flip": Field(True, bool, "mirror half of the training images left to right"),

@@ -54,6 +54,7 @@ def inception_crop(
     *,
     area: tuple[float, float] = (0.05, 1.0),
     aspect: tuple[float, float] = (0.75, 4 / 3),
+    scaled_decode: bool = False,
     antialias: bool,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
@@ -65,9 +66,11 @@ def inception_crop(
       rng: where the randomness comes from.
       area: range of the crop's share of the image.
       aspect: range of the crop's width / height, before it is resized.
+      scaled_decode: whether a large JPEG may be decoded smaller; see `decode.Jpeg.crop`.
       antialias, interpolation: see `resize`.
     """
-    crop = image.crop(inception_box(image.height, image.width, rng, area=area, aspect=aspect))
+    box = inception_box(image.height, image.width, rng, area=area, aspect=aspect)
+    crop = image.crop(box, at_least=size if scaled_decode else None)
     return resize(crop, size, antialias=antialias, interpolation=interpolation)
 
 

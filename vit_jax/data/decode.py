@@ -15,7 +15,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-_BASELINE, _EXIF = 0xC0, 0xE1  # markers of JPEG segments
+# Markers of JPEG segments: the frame's, if baseline, extended or progressive; and EXIF's.
+_FRAMES, _EXIF = (0xC0, 0xC1, 0xC2), 0xE1
 _MARGIN = 16  # rows
 
 # EXIF 2.3, 4.6.4 A: what has to be done to see an image upright.
@@ -82,57 +83,103 @@ class Whole:
         self._pixels = pixels
         self.height, self.width = pixels.shape[:2]
 
-    def crop(self, box: tuple[int, int, int, int]) -> np.ndarray:
-        """The pixels of (top, left, height, width), as a view."""
+    def crop(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """The pixels of (top, left, height, width), as a view; all of them, whatever `at_least`."""
         top, left, height, width = box
         return self._pixels[top:top + height, left:left + width]
 
 
 class Jpeg:
-    """An ordinary JPEG that is not decoded further than a crop needs."""
+    """An ordinary JPEG that is not decoded further than a crop needs.
 
-    def __init__(self, data: bytes, height: int, width: int, frame: int, max_pixels: int):
-        """`frame` is the position of the frame header's body in `data`."""
-        self._data, self._frame, self._max_pixels = data, frame, max_pixels
-        self.height, self.width = height, width
+    Attributes:
+      height, width: in pixels, upright.
+    """
 
-    def crop(self, box: tuple[int, int, int, int]) -> np.ndarray:
+    def __init__(
+        self, data: bytes, size: tuple[int, int], frame: int, orientation: int, max_pixels: int
+    ):
+        """`size` is (height, width) as stored, `frame` the position of the frame header's body in
+        `data`, `orientation` EXIF's."""
+        self._data, self._stored, self._frame = data, size, frame
+        self._orientation, self._max_pixels = orientation, max_pixels
+        self.height, self.width = size if orientation < 5 else size[::-1]
+
+    def crop(
+        self, box: tuple[int, int, int, int], at_least: tuple[int, int] | None = None
+    ) -> np.ndarray:
         """The pixels of (top, left, height, width), as a view; to the bit those of `decode_image`.
 
         What is below the box is not decoded: a header is made up in which the image ends there.
 
+        Args:
+          box: (top, left, height, width).
+          at_least: (height, width) for a box that may come at 1/2, 1/4 or 1/8 of its size, the
+            smallest that keeps so many pixels, and widened to whole ones. libjpeg then takes the
+            lowest frequencies of every block of 8x8 pixels, which is much like their mean.
+
         Raises:
           BadImageError: it cannot be decoded.
         """
-        top, _, height, _ = box
+        top, left, height, width = _stored_box(box, self._stored, self._orientation)
+        target = at_least if self._orientation < 5 or at_least is None else at_least[::-1]
+        scale = 1 if target is None else _scale(height, width, target)
         # Chroma is interpolated between rows, so a little more is decoded than is kept.
-        rows = min(self.height, top + height + _MARGIN)
+        rows = min(self._stored[0], top + height + _MARGIN)
         at = self._frame + 1  # after the precision: 16 bits of height
         shorter = b"".join((self._data[:at], rows.to_bytes(2, "big"), self._data[at + 2:]))
         try:
             # Not strict: that data are left over is worth a warning to libjpeg.
-            pixels = simplejpeg.decode_jpeg(shorter, strict=False)
+            pixels = simplejpeg.decode_jpeg(
+                shorter, min_height=-(-rows // scale), min_width=-(-self._stored[1] // scale),
+                min_factor=scale, strict=False)
         except ValueError:
-            pixels = decode_image(self._data, max_pixels=self._max_pixels)
-        return Whole(pixels).crop(box)
+            return Whole(decode_image(self._data, max_pixels=self._max_pixels)).crop(box)
+        return _UPRIGHT[self._orientation](
+            pixels[top // scale:-(-(top + height) // scale),
+                   left // scale:-(-(left + width) // scale)])
+
+
+def _stored_box(box, stored, orientation):
+    """Where in a stored image of (height, width) the pixels of an upright box are."""
+    top, left, height, width = box
+    if orientation >= 5:
+        top, left, height, width = left, top, width, height
+    if orientation in (3, 4, 6, 7):
+        top = stored[0] - top - height
+    if orientation in (2, 3, 7, 8):
+        left = stored[1] - left - width
+    return top, left, height, width
+
+
+def _scale(height, width, at_least):
+    """The largest of libjpeg's fast scales that leaves a box at least so large."""
+    for scale in (8, 4, 2):
+        if height >= scale * at_least[0] and width >= scale * at_least[1]:
+            return scale
+    return 1
 
 
 def open_image(data: bytes | np.ndarray, *, max_pixels: int) -> Jpeg | Whole:
     """Any image `decode_image` can decode, to be cut: its `height`, `width` and `crop(box)`.
 
-    Ordinary JPEGs, which are baseline, in colour, upright and whole as far as their end tells, are
-    not decoded here. Arguments and errors are those of `decode_image`.
+    Ordinary JPEGs, which are in colour and whole as far as their end tells, are not decoded here.
+    Arguments and errors are those of `decode_image`.
     """
     if isinstance(data, bytes) and data.startswith(b"\xff\xd8"):
         segments = _jpeg_segments(data)
-        exif, _ = segments.get(_EXIF, (b"", 0))
+        frames = [segments[marker][1] for marker in _FRAMES if marker in segments]
         whole = data.rstrip(b"\0").endswith(b"\xff\xd9")
-        if _BASELINE in segments and whole and _exif_orientation(exif) == 1:
+        if frames and whole:
             with contextlib.suppress(ValueError):
                 height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
                 _check_size(width, height, max_pixels)
                 if colours in ("YCbCr", "RGB"):
-                    return Jpeg(data, height, width, segments[_BASELINE][1], max_pixels)
+                    exif, _ = segments.get(_EXIF, (b"", 0))
+                    return Jpeg(data, (height, width), frames[0], _exif_orientation(exif),
+                                max_pixels)
     return Whole(decode_image(data, max_pixels=max_pixels))
 
 

@@ -91,20 +91,23 @@ def train_batches(
       image uint8 [rows, H, W, 3], label int32 [rows], mask bool [rows], flip bool [rows]: images
       that are still to be mirrored, none with RandAugment, which comes after the flip.
     """
+    view = train_view(size, config.data)
+    flips, operations = config.data.flip, config.data.randaugment
+
     def example(index, rng):
-        flip = config.data.flip and bool(rng.random() < 0.5)
+        flip = flips and bool(rng.random() < 0.5)
         record = source[index]
         try:
-            image = train_image(record.image, size, rng, config.data)
+            image = view(record.image, rng)
         except BadImageError as error:
             bad_images.report(record.origin, error)
             return Example(np.zeros((*size, 3), np.uint8), record.label, valid=False)
-        if config.data.randaugment:
+        if operations:
             # The flip cannot wait for the device: Google's shears are not symmetric under it.
             if flip:
                 image, flip = cv2.flip(image, 1), False
-            operations, magnitude = config.data.randaugment
-            image = randaugment(image, rng, operations=operations, magnitude=magnitude)
+            number, magnitude = operations
+            image = randaugment(image, rng, operations=number, magnitude=magnitude)
         return Example(image, record.label, flip=flip)
 
     # An independent generator for every position in the stream of records, without state.
@@ -156,25 +159,25 @@ def eval_batches(
     yield from _parallel_batches(example, positions, size, config.data.workers)
 
 
-def train_image(
-    data: bytes | np.ndarray, size: tuple[int, int], rng: np.random.Generator,
-    settings: ml_collections.ConfigDict,
-) -> np.ndarray:
-    """A record's image after decoding and the augmentation that `train_crop` of `settings` names;
-    uint8 [H, W, 3]. `settings` is the config's section `data`.
-
-    Raises:
-      BadImageError: it cannot be decoded.
-    """
+def train_view(
+    size: tuple[int, int], settings: ml_collections.ConfigDict
+) -> Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]:
+    """A function that decodes a record's image and crops it as `train_crop` of `settings`, the
+    config's section `data`, names; uint8 [H, W, 3]. It raises BadImageError where an image cannot
+    be decoded."""
+    # Read here and not for every image: ConfigDict takes microseconds to find an attribute.
+    max_pixels, resizing = settings.max_pixels, _resizing(settings)
     if settings.train_crop == "inception":
-        return augment.inception_crop(
-            open_image(data, max_pixels=settings.max_pixels), size, rng, area=settings.crop_area,
-            aspect=settings.crop_aspect, **_resizing(settings))
-    image = decode_image(data, max_pixels=settings.max_pixels)
+        cropping = {"area": settings.crop_area, "aspect": settings.crop_aspect,
+                    "scaled_decode": settings.scaled_decode}
+        return lambda data, rng: augment.inception_crop(
+            open_image(data, max_pixels=max_pixels), size, rng, **cropping, **resizing)
     if settings.train_crop == "pad":
-        return augment.pad_crop(
-            image, size, rng, padding=settings.crop_padding, **_resizing(settings))
-    return augment.squash(image, size, **_resizing(settings))
+        padding = settings.crop_padding
+        return lambda data, rng: augment.pad_crop(
+            decode_image(data, max_pixels=max_pixels), size, rng, padding=padding, **resizing)
+    return lambda data, rng: augment.squash(
+        decode_image(data, max_pixels=max_pixels), size, **resizing)
 
 
 def eval_crop(image, size, data: ml_collections.ConfigDict) -> np.ndarray:
