@@ -17,8 +17,8 @@ TINY = f"--config={Path(__file__).parent / 'tiny.py'}"
 
 # Everything random at once, long enough to be interrupted.
 RANDOM = [
-    TINY, "--config.total_steps=80", "--config.log_every=5", "--config.eval_every=40",
-    "--config.checkpoint_every=10", "--config.optimizer.name=adamw",
+    TINY, "--config.total_steps=40", "--config.log_every=2", "--config.eval_every=20",
+    "--config.checkpoint_every=5", "--config.optimizer.name=adamw",
     "--config.optimizer.learning_rate=1e-3", "--config.model.dropout_rate=0.1",
     "--config.data.train_crop=inception", "--config.data.flip=true",
     "--config.accumulation_steps=2", "--config.data.mixup=0.2", "--config.ema_decay=0.9",
@@ -42,7 +42,7 @@ def test_two_processes_stopped_and_killed_end_with_the_same_bits(tmp_path):
     command = [*RANDOM, f"--workdir={workdir}"]
     # SIGTERM to either process makes both save the same step.
     processes = start(2, *command, devices=2)
-    wait_for_step(workdir, rng.randrange(5, 30), processes)
+    wait_for_step(workdir, rng.randrange(2, 14), processes)
     processes[rng.randrange(2)].send_signal(signal.SIGTERM)
     ends = finish(processes)
     assert [code for code, _, _ in ends] == [75, 75], ends
@@ -52,7 +52,7 @@ def test_two_processes_stopped_and_killed_end_with_the_same_bits(tmp_path):
         f"Stopped by SIGTERM after step {saved}, which is saved; the same command continues."}
 
     processes = start(2, *command, devices=2)
-    wait_for_step(workdir, rng.randrange(45, 70), processes)
+    wait_for_step(workdir, rng.randrange(22, 34), processes)
     for process in processes:
         process.kill()
     finish(processes)
@@ -61,7 +61,7 @@ def test_two_processes_stopped_and_killed_end_with_the_same_bits(tmp_path):
     assert "Continuing from step" in ends[0][1]
 
     (step, expected), (same_step, actual) = final_state(undisturbed), final_state(workdir)
-    assert step == same_step == 80
+    assert step == same_step == 40
     jax.tree.map(np.testing.assert_array_equal, expected, actual)
 
 
@@ -80,20 +80,20 @@ def slurm(job):
 def test_resumed_by_one_and_by_four_processes(tmp_path):
     """Two processes (found through SLURM's variables), then four, then one: the losses are those
     of one process throughout, so every image was seen at its step."""
-    command = [TINY, "--config.total_steps=30", "--config.checkpoint_every=10",
+    command = [TINY, "--config.total_steps=12", "--config.checkpoint_every=4",
                "--config.eval_every=0", "--config.data.train_crop=inception"]  # fmt: skip
     one = tmp_path / "one"
     assert finish(start(1, *command, f"--workdir={one}", devices=4))[0][0] == 0
 
     workdir = tmp_path / "changing"
     job = str(free_port())  # JAX derives the port from it
-    for steps, count, environment in ((10, 2, slurm(job)), (20, 4, None), (30, 1, None)):
+    for steps, count, environment in ((4, 2, slurm(job)), (8, 4, None), (12, 1, None)):
         ends = finish(start(
             count, *command, f"--workdir={workdir}", f"--config.total_steps={steps}",
             devices=4 // count, environment=environment))
         assert [code for code, _, _ in ends] == [0] * count, ends
         assert f"({count} process" in ends[0][1]
-    assert list(losses(workdir)) == list(range(1, 31))
+    assert list(losses(workdir)) == list(range(1, 13))
     np.testing.assert_allclose(
         list(losses(workdir).values()), list(losses(one).values()), rtol=1e-5)
 

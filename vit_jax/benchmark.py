@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import os
 import statistics
@@ -28,7 +29,18 @@ from vit_jax.models.variants import VARIANTS, canonical_name
 _MODELS = ("timm", "timm-compiled", "transformers")
 _AGAINST = {"train": _MODELS, "infer": _MODELS, "input": ("tf.data", "torch-dataloader"),
             "checkpoint": (), "startup": ()}
-_MATMUL_SECONDS = 0.3
+_SECONDS, _MATMUL_SECONDS = 2.0, 0.3  # of a side in a round
+# Config keys that a measurement follows; any other would be ignored, and is refused.
+_MODEL = ("dtype", "mesh.*", "model.*", "data.image_size")
+_TRAINING = (*_MODEL, "seed", "accumulation_steps", "ema_decay", "loss.*", "optimizer.*",
+             "schedule.*", "total_steps", "data.mixup", "data.cutmix", "data.random_erasing")
+_KEYS = {"train": _TRAINING, "infer": _MODEL, "checkpoint": _TRAINING, "startup": _TRAINING,
+         "input": (*_TRAINING, "data.workers", "data.train_crop", "data.crop_*", "data.flip",
+                   "data.randaugment", "data.antialias", "data.interpolation", "data.max_pixels")}
+# Those that other libraries follow too.
+_SHARED_KEYS = dict.fromkeys(("train", "infer"), ("dtype", "data.image_size",
+                             "model.attention_implementation", "model.activation")) | {
+    "input": ("data.image_size", "data.workers", "data.crop_area", "data.crop_aspect")}
 _LARGEST_BATCH = 65_536
 
 
@@ -43,10 +55,18 @@ def main(arguments: list[str]) -> None:
             possible = ", ".join(_AGAINST[flags.what]) or "nothing"
             raise UserError(f"--against={name} does not go with --what={flags.what}; "
                             f"{possible} does.")
+    _check_keys(flags.what, overrides, against)
     if flags.images and flags.what != "input":
         raise UserError("--images is for --what=input.")
-    if against:  # a GPU's memory is shared with the other process, so that none is taken ahead
+    if flags.seconds and flags.what in ("checkpoint", "startup"):
+        raise UserError(f"--seconds has no effect on --what={flags.what}; --rounds has.")
+    flags.seconds = flags.seconds or _SECONDS
+    if against and flags.what != "input":
+        # A GPU's memory is shared with the other process, so that none is taken ahead.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        if len(jax.devices()) > 1 and jax.default_backend() != "cpu":
+            raise UserError("--against compares one device with one; show this process a single "
+                            "one (CUDA_VISIBLE_DEVICES=0).")
     if not variants and flags.what != "input":
         variants = ["S/16"]
 
@@ -89,15 +109,15 @@ def _parse(arguments) -> argparse.Namespace:
                         help=", ".join(PEERS))
     parser.add_argument("--rounds", metavar="N", type=int, default=7,
                         help="how often each side is measured (7); the median counts")
-    parser.add_argument("--seconds", metavar="S", type=float, default=2.0,
-                        help="about how long a side works in a round (2)")
+    parser.add_argument("--seconds", metavar="S", type=float,
+                        help=f"about how long a side works in a round ({_SECONDS:g})")
     parser.add_argument("--images", metavar="DIR", help="photos (JPEG) to decode; default: made "
                         "ones of 500x375")
     parser.add_argument("--peer_python", metavar="PATH", default=sys.executable,
                         help="a Python that has the other libraries; default: this one")
     parser.add_argument("--out", metavar="DIR", help="where to write JSON, CSV and a chart")
     flags = parser.parse(arguments)
-    if flags.rounds < 1 or flags.seconds <= 0:
+    if flags.rounds < 1 or (flags.seconds is not None and flags.seconds <= 0):
         raise UserError("--rounds must be at least 1 and --seconds more than 0.")
     return flags
 
@@ -110,11 +130,24 @@ def _variant(name):
 
 
 def _batch_sizes(flags):
-    for text in flags.batch_sizes.split(","):
+    sizes = flags.batch_sizes.split(",")
+    for text in sizes:
         if not (text.isdecimal() and int(text)):
             alone = ", nor 'largest' alone" if flags.what in ("train", "infer") else ""
             raise UserError(f"--batch_sizes={text} is no number of images{alone}.")
-        yield int(text)
+    return [int(text) for text in sizes]
+
+
+def _check_keys(what, overrides, against):
+    for key, text in overrides.items():
+        config_lib.parse_value(key, text)  # refuses what is no key or no value
+        if key in ("model.variant", "batch_size"):
+            raise UserError(f"--config.{key} is what --variants and --batch_sizes are for.")
+        for keys, who in ((_KEYS[what], f"--what={what}"),
+                          *((_SHARED_KEYS[what], f"--against={name}") for name in against)):
+            if not any(fnmatch.fnmatchcase(key, pattern) for pattern in keys):
+                raise UserError(f"--config.{key} has no effect on {who}; leave it out. "
+                                f"These have one: {', '.join(keys)}.")
 
 
 def _config(overrides, **settings) -> ml_collections.ConfigDict:
@@ -125,9 +158,6 @@ def _config(overrides, **settings) -> ml_collections.ConfigDict:
     for key, value in settings.items():
         config_lib.set_value(config, key, value)
     cli.apply_overrides(config, overrides)
-    for key in ("model.variant", "batch_size"):
-        if key in overrides:
-            raise UserError(f"--config.{key} is what --variants and --batch_sizes are for.")
     return config_lib.validate(config)
 
 
@@ -158,8 +188,8 @@ def _measure_model(flags, config, variant, against):
         for name, peer in peers.items():
             if peer.about["parameters"] != work.parameters:
                 raise UserError(
-                    f"--against={name} is another model: {peer.about['parameters']:,} parameters, "
-                    f"and here {work.parameters:,}; leave out what --config.model.* changes.")
+                    f"--against={name} has another {variant}, of {peer.about['parameters']:,} "
+                    f"parameters, and here it has {work.parameters:,}; leave it out.")
         products = {" x ".join(map(str, shape)): models.matmul(shape, config.dtype)
                     for shape in models.matmul_shapes()}
         sides = {"vit_jax": work.run} | {name: peer.run for name, peer in peers.items()}
@@ -178,7 +208,8 @@ def _measure_model(flags, config, variant, against):
         timing = timings[side]
         flops = work.flops * batch / len(jax.devices())
         about = peers[side].about if side in peers else {
-            "memory_bytes": work.memory_bytes, "first_seconds": work.compile_seconds}
+            "memory_bytes": work.memory_bytes, "first_seconds": work.compile_seconds,
+            "library": work.attention}
         memory = about.get("memory_bytes")
         rows.append({
             "variant": variant, "batch": batch, "dtype": config.dtype, "side": side,
@@ -190,7 +221,7 @@ def _measure_model(flags, config, variant, against):
             "GiB": memory / 2**30 if memory else None,
             "compile s": about["first_seconds"],
             "vit_jax is faster by": None if side == "vit_jax" else ratio(ours, timing),
-            "library": about.get("library", ""),
+            "library": about["library"],
         })
     return rows, {shape: round(rate, 4) for shape, rate in rates.items()}
 
@@ -203,9 +234,6 @@ def _rates(timing: Timing, images: int):
 def _task(what, config, variant):
     """What a peer has to know; see `peers/torch_models.py`."""
     sizes = VARIANTS[variant][1]
-    for key in ("model.scan_layers", "model.remat", "model.dropout_rate"):
-        if config.model[key.split(".")[1]]:
-            raise UserError(f"--against has no --config.{key}; leave it out.")
     return {
         "what": what, "variant": variant, "batch_size": config.batch_size, "dtype": config.dtype,
         "image_size": config_lib.image_size(config), "num_classes": models.NUM_CLASSES,
@@ -266,8 +294,9 @@ def _measure_input(flags, overrides, variants, against):
             make_photos(folder)
         photos = Photos(folder)
         config = _config(overrides, batch_size=batch_size)
-        cores = config.data.workers or available_cores()
-        task = {"paths": photos.paths, "batch_size": batch_size, "workers": cores,
+        workers = available_cores() if config.data.workers is None else config.data.workers
+        cores = min(max(1, workers), available_cores())
+        task = {"paths": photos.paths, "batch_size": batch_size, "workers": max(1, workers),
                 "image_size": config_lib.image_size(config), "area": config.data.crop_area,
                 "aspect": config.data.crop_aspect, "read_ahead": pipelines.READ_AHEAD}
         peers = {name: stack.enter_context(contextlib.closing(
@@ -319,7 +348,8 @@ def _measure_startup(flags, overrides, variants, _):
         for batch_size in _batch_sizes(flags):
             config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
             for cache, found in zip(
-                    ("cold", "warm"), cold_and_warm(json.dumps(config_lib.to_json(config))),
+                    ("cold", "warm"),
+                    cold_and_warm(json.dumps(config_lib.to_json(config)), flags.rounds),
                     strict=True):
                 rows.append({
                     "variant": variant, "cache": cache, "imports s": found.imports,

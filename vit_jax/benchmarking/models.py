@@ -12,7 +12,9 @@ from vit_jax.benchmarking.timing import Run
 from vit_jax.config import image_size
 from vit_jax.devices import train_flops
 from vit_jax.models.summary import summarize
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel, partition
+from vit_jax.training.memory import executable_bytes
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
 from vit_jax.training.step import make_loss_sum, make_train_step, normalize
@@ -31,6 +33,7 @@ class Work:
       compile_seconds: tracing and compiling, without a cache.
       memory_bytes: what XLA's analysis says the step takes on each device.
       parameters: number of scalars.
+      attention: the kernel on a GPU, where there is a choice, and why not cuDNN's; otherwise ''.
     """
 
     run: Run
@@ -38,6 +41,7 @@ class Work:
     compile_seconds: float
     memory_bytes: int
     parameters: int
+    attention: str
 
 
 def synthetic_batch(batch_size: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -62,7 +66,8 @@ class Trainer:
         self.model = build_model(config, NUM_CLASSES, size)
         schedule = make_schedule(config, _STEPS)
         optimizer = make_optimizer(config, schedule, params_shapes(self.model, size))
-        init = make_init(self.model, optimizer, size, config.seed)
+        init = make_init(
+            self.model, optimizer, size, config.seed, ema=config.ema_decay is not None)
         shardings, _ = partition.state_shardings(jax.eval_shape(init), self.mesh)
         self.state = jax.jit(init, out_shardings=shardings)()
         step = make_train_step(make_loss_sum(self.model, config), optimizer, schedule, config)
@@ -87,15 +92,14 @@ def training(config: ml_collections.ConfigDict) -> Work:
     step = trainer.compile()
     compile_seconds = time.perf_counter() - begin
 
-    def run(times):
-        begin = time.perf_counter()
-        for _ in range(times):
-            trainer.state, metrics = step(trainer.state, trainer.batch)
-        jax.block_until_ready((trainer.state, metrics))
-        return time.perf_counter() - begin
+    def update():
+        trainer.state, metrics = step(trainer.state, trainer.batch)
+        return trainer.state, metrics
 
     summary = summarize(trainer.model, image_size(config))
-    return Work(run, train_flops(summary.flops), compile_seconds, _memory(step), summary.parameters)
+    return Work(_timed(update), train_flops(summary.flops), compile_seconds,
+                executable_bytes(step), summary.parameters,
+                _attention(trainer.model, config, train=True))
 
 
 def inference(config: ml_collections.ConfigDict) -> Work:
@@ -117,21 +121,28 @@ def inference(config: ml_collections.ConfigDict) -> Work:
         compiled = forward.lower(params, images).compile()
     compile_seconds = time.perf_counter() - begin
 
+    summary = summarize(model, size)
+    return Work(_timed(lambda: compiled(params, images)), summary.flops, compile_seconds,
+                executable_bytes(compiled), summary.parameters,
+                _attention(model, config, train=False))
+
+
+def _attention(model, config, train) -> str:
+    if not isinstance(model, VisionTransformer) or jax.default_backend() != "gpu":
+        return ""
+    kernel, reason = model.attention_kernel(image_size(config), train=train)
+    return f"attention {kernel}" + (f" ({reason})" if reason else "")
+
+
+def _timed(call) -> Run:
+    """Times calls that return arrays, to the end of the last."""
     def run(times):
         begin = time.perf_counter()
         for _ in range(times):
-            logits = compiled(params, images)
-        jax.block_until_ready(logits)
+            arrays = call()
+        jax.block_until_ready(arrays)
         return time.perf_counter() - begin
-
-    summary = summarize(model, size)
-    return Work(run, summary.flops, compile_seconds, _memory(compiled), summary.parameters)
-
-
-def _memory(compiled):
-    found = compiled.memory_analysis()
-    return (found.argument_size_in_bytes + found.temp_size_in_bytes
-            + found.output_size_in_bytes - found.alias_size_in_bytes)
+    return run
 
 
 # [M, K] times [K, N]: square ones, and those of the MLPs of S/16 and B/16 for 16 images.
@@ -161,12 +172,4 @@ def matmul(shape: tuple[int, int, int], dtype: str) -> Product:
     a, b = (jax.random.normal(jax.random.key(i), sides, dtype)
             for i, sides in enumerate(((m, k), (k, n))))
     product = jax.jit(jnp.matmul).lower(a, b).compile()
-
-    def run(times):
-        begin = time.perf_counter()
-        for _ in range(times):
-            c = product(a, b)
-        jax.block_until_ready(c)
-        return time.perf_counter() - begin
-
-    return Product(run, 2.0 * m * k * n)
+    return Product(_timed(lambda: product(a, b)), 2.0 * m * k * n)

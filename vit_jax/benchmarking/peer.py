@@ -39,9 +39,13 @@ class Peer:
         script, kind = PEERS[name]
         path = Path(__file__).parent / "peers" / script
         self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [python, str(path), kind, json.dumps(task)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        try:
+            self._process = subprocess.Popen(
+                [python, str(path), kind, json.dumps(task)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        except OSError as error:
+            self._errors.close()
+            raise UserError(f"--peer_python={python} does not start: {error.strerror}.") from error
         try:
             self.about = self._answer("ready")
         except UserError:
@@ -74,6 +78,10 @@ class Peer:
             raise UserError(f"--against={self.name}: {answer['error']}")
         self._process.wait()
         self._errors.seek(0)
-        last = (self._errors.read().strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"--against={self.name} ended with exit code "
-                        f"{self._process.returncode}: {last}")
+        raise UserError(f"--against={self.name} ended with exit code {self._process.returncode}: "
+                        f"{last_words(self._errors.read())}")
+
+
+def last_words(errors: str) -> str:
+    """The last line of what a process wrote to its standard error: of a traceback the reason."""
+    return (errors.strip().splitlines() or ["it said nothing"])[-1]

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +25,10 @@ Row = dict[str, Any]  # of one side: printed, and written to the CSV file, in th
 
 def environment(arguments: list[str]) -> dict[str, Any]:
     """Machine, versions, commit and command: what numbers mean nothing without."""
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, text=True,
-                            capture_output=True, check=False).stdout.strip()
     devices = jax.devices()
     return {
         "command": shlex.join(["python", "-m", "vit_jax.benchmark", *arguments]),
-        "commit": commit or None,
+        "commit": _commit(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "cpu": _cpu(),
         "cores": available_cores(),
@@ -39,6 +37,15 @@ def environment(arguments: list[str]) -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def _commit():
+    """Of the checkout that this file is in; None if it is installed elsewhere."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, text=True,
+                          capture_output=True, check=False).stdout.strip() or None
 
 
 def _cpu():

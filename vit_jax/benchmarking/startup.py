@@ -6,10 +6,14 @@ Run as a script it is the process that is measured, and prints its phases as one
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+from vit_jax.benchmarking.peer import last_words
+from vit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +37,43 @@ class Startup:
         return self.imports + self.state + self.compile + self.first_step
 
 
-def cold_and_warm(config_json: str) -> tuple[Startup, Startup]:
-    """Two processes one after the other with a new compilation cache, which the second finds.
+def cold_and_warm(config_json: str, rounds: int) -> tuple[Startup, Startup]:
+    """Medians of processes that found an empty compilation cache, and of those after them that
+    found it filled.
 
     Args:
       config_json: the config, from `vit_jax.config.to_json`.
+      rounds: how many times the two, every time with a new cache.
+
+    Raises:
+      UserError: a process failed, in its last words.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        variables = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            # Everything is kept, however fast it compiled, as nothing else is in the folder.
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        runs = [subprocess.run(
-            [sys.executable, "-m", __spec__.name, config_json, str(time.time())], env=variables,
-            stdout=subprocess.PIPE, text=True, check=True) for _ in range(2)]
-    cold, warm = (Startup(**json.loads(run.stdout.splitlines()[-1])) for run in runs)
-    return cold, warm
+    cold, warm = [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            cold.append(_process(config_json, cache))
+            warm.append(_process(config_json, cache))
+    return _medians(cold), _medians(warm)
+
+
+def _process(config_json, cache) -> Startup:
+    variables = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        # Everything is kept, however fast it compiled, as nothing else is in the folder.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", __spec__.name, config_json, str(time.time())], env=variables,
+        capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise UserError(f"A started process ended with exit code {run.returncode}: "
+                        f"{last_words(run.stderr)}")
+    return Startup(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def _medians(runs) -> Startup:
+    phases = zip(*map(dataclasses.astuple, runs), strict=True)
+    return Startup(*map(statistics.median, phases))
 
 
 def _measure(config_json, begin):

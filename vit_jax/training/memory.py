@@ -196,13 +196,12 @@ class Planner:
             return array.bytes
         heads, shape = self.model.num_heads, array.shape[1:]
         weights = len(shape) == 3 and shape[0] == heads and shape[1] == shape[2]  # [H, N, N]
-        size = array.bytes
         if weights and self.fused_attention:
-            size = 0
+            return 0
         by_heads = len(shape) == 3 and heads in (shape[0], shape[1]) and heads % tensor == 0
         hidden = (len(shape) == 2 and shape[1] == self.model.mlp_dim
                   and self.model.mlp_dim % tensor == 0)
-        return size // tensor if by_heads or hidden else size
+        return array.bytes // tensor if by_heads or hidden else array.bytes
 
 
 def resolve_mesh(config: ml_collections.ConfigDict, devices: int) -> AbstractMesh:
@@ -219,8 +218,7 @@ def resolve_mesh(config: ml_collections.ConfigDict, devices: int) -> AbstractMes
 def compiled_bytes(
     config: ml_collections.ConfigDict, num_classes: int, devices: list[jax.Device]
 ) -> int:
-    """What XLA's own analysis says that the compiled train step takes of each device: arguments,
-    temporary arrays, and results that do not replace arguments. Nothing is run or allocated."""
+    """`executable_bytes` of the train step, compiled without a run or an array."""
     size = image_size(config)
     mesh = partition.make_mesh(config, devices)
     model = build_model(config, num_classes, size)
@@ -243,7 +241,13 @@ def compiled_bytes(
         make_train_step(loss_sum, optimizer, schedule, config), donate_argnums=0,
         out_shardings=(shardings, partition.replicated(mesh)))
     with jax.set_mesh(mesh):
-        found = step.lower(state, batch).compile().memory_analysis()
+        return executable_bytes(step.lower(state, batch).compile())
+
+
+def executable_bytes(executable: jax.stages.Compiled) -> int:
+    """What XLA's own analysis says it takes of each device: arguments, temporary arrays, and
+    results that do not replace arguments."""
+    found = executable.memory_analysis()
     return (found.argument_size_in_bytes + found.temp_size_in_bytes
             + found.output_size_in_bytes - found.alias_size_in_bytes)
 
