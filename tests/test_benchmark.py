@@ -84,6 +84,15 @@ def test_largest(tmp_path, monkeypatch):
     assert row["side"] == "vit_jax" and row["largest batch"] == 96
 
 
+def test_profile(tmp_path, capsys):
+    found = rows(tmp_path, "--what=train", "--variants=B/16", *QUICK, *TINY, "--profile")
+    parts = {row["part"]: row for row in found["profiles"]}
+    assert {"attention", "attention: projections", "MLP", "LayerNorm", "optimizer"} <= set(parts)
+    assert sum(row["%"] for row in parts.values()) == pytest.approx(100)
+    assert parts["MLP"]["of it products"] > 0 == parts["optimizer"]["of it products"]
+    assert "attention: projections" in capsys.readouterr().out
+
+
 @needs_torch
 def test_against_pytorch(tmp_path):
     found = rows(tmp_path, "--what=infer", "--variants=Ti/16", *QUICK,
@@ -183,6 +192,7 @@ def test_a_start_that_fails(monkeypatch):
     (["--what=input", "--images=/nothing"], "/nothing holds no .jpg"),
     (["--what=infer", "--batch_sizes=3", *TINY], "batch_size=3 is not divisible by 8"),
     (["--what=train", "--rounds=0"], "--rounds must be at least 1"),
+    (["--what=input", "--profile"], "--profile is for --what=train and"),
     (["--what=startup", "--seconds=1"], "--seconds has no effect on --what=startup"),
     (["--what=input", "--against=tf.data", "--peer_python=/no/python"], "=/no/python does not st"),
     (["--what=train", "--config.batch_size=3"], "--config.batch_size is what --variants and"),

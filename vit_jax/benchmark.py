@@ -18,6 +18,7 @@ from vit_jax import config as config_lib
 from vit_jax.benchmarking import models, pipelines, report
 from vit_jax.benchmarking.peer import PEERS, Peer
 from vit_jax.benchmarking.photos import Photos, make_photos
+from vit_jax.benchmarking.profile import profile
 from vit_jax.benchmarking.stall import checkpoint_stall
 from vit_jax.benchmarking.startup import cold_and_warm
 from vit_jax.benchmarking.timing import Timing, alternate, largest, ratio
@@ -25,6 +26,7 @@ from vit_jax.checkpoints.targets import timm_name
 from vit_jax.data.pipeline import available_cores
 from vit_jax.errors import UserError
 from vit_jax.models.variants import VARIANTS, canonical_name
+from vit_jax.training.memory import executable_bytes
 
 _MODELS = ("timm", "timm-compiled", "transformers")
 _AGAINST = {"train": _MODELS, "infer": _MODELS, "input": ("tf.data", "torch-dataloader"),
@@ -35,8 +37,9 @@ _MODEL = ("dtype", "mesh.*", "model.*", "data.image_size")
 _TRAINING = (*_MODEL, "seed", "accumulation_steps", "ema_decay", "loss.*", "optimizer.*",
              "schedule.*", "total_steps", "data.mixup", "data.cutmix", "data.random_erasing")
 _KEYS = {"train": _TRAINING, "infer": _MODEL, "checkpoint": _TRAINING, "startup": _TRAINING,
-         "input": (*_TRAINING, "data.workers", "data.train_crop", "data.crop_*", "data.flip",
-                   "data.randaugment", "data.antialias", "data.interpolation", "data.max_pixels")}
+         "input": (*_TRAINING, "data.workers", "data.train_crop", "data.crop_*",
+                   "data.scaled_decode", "data.flip", "data.randaugment", "data.antialias",
+                   "data.interpolation", "data.max_pixels")}
 # Those that other libraries follow too.
 _SHARED_KEYS = dict.fromkeys(("train", "infer"), ("dtype", "data.image_size",
                              "model.attention_implementation", "model.activation")) | {
@@ -61,6 +64,8 @@ def main(arguments: list[str]) -> None:
     if flags.seconds and flags.what in ("checkpoint", "startup"):
         raise UserError(f"--seconds has no effect on --what={flags.what}; --rounds has.")
     flags.seconds = flags.seconds or _SECONDS
+    if flags.profile and (flags.what not in ("train", "infer") or flags.batch_sizes == "largest"):
+        raise UserError("--profile is for --what=train and --what=infer of given --batch_sizes.")
     if against and flags.what != "input":
         # A GPU's memory is shared with the other process, so that none is taken ahead.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -74,11 +79,15 @@ def main(arguments: list[str]) -> None:
                "checkpoint": _measure_checkpoint, "startup": _measure_startup}[flags.what]
     rows, extra = measure(flags, overrides, variants, against)
     about = report.environment(arguments) | extra
+    profiles = extra.pop("profiles", [])
     print(f"{about['devices']}; {about['cpu']}, {about['cores']} cores; "
           f"jax {about['packages']['jax']}; commit {about['commit']}")
     for key, value in extra.items():
         print(f"{key}: {value}")
     print(report.format_table(rows))
+    if profiles:
+        print("\nShares of a step's time (docs/performance.md)")
+        print(report.format_table(profiles))
     if flags.out:
         chart = {"input": ("side", "images/s"), "checkpoint": ("variant", "blocked ms"),
                  "startup": ("variant cache", "total s")}
@@ -111,6 +120,8 @@ def _parse(arguments) -> argparse.Namespace:
                         help="how often each side is measured (7); the median counts")
     parser.add_argument("--seconds", metavar="S", type=float,
                         help=f"about how long a side works in a round ({_SECONDS:g})")
+    parser.add_argument("--profile", action="store_true",
+                        help="also trace a step, and say which parts of the model take its time")
     parser.add_argument("--images", metavar="DIR", help="photos (JPEG) to decode; default: made "
                         "ones of 500x375")
     parser.add_argument("--peer_python", metavar="PATH", default=sys.executable,
@@ -165,20 +176,22 @@ def _config(overrides, **settings) -> ml_collections.ConfigDict:
 
 
 def _measure_models(flags, overrides, variants, against):
-    rows, rates = [], None
+    rows, rates, profiles = [], None, []
     for variant in variants:
         if flags.batch_sizes == "largest":
             rows += _largest_batches(flags, overrides, variant, against)
             continue
         for batch_size in _batch_sizes(flags):
             config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
-            found, rates = _measure_model(flags, config, variant, against)
+            found, rates, shares = _measure_model(flags, config, variant, against)
             rows += found
-    return rows, ({"matmul TFLOP/s": rates} if rates else {})
+            profiles += shares
+    return rows, ({"matmul TFLOP/s": rates, "profiles": profiles} if rates else {})
 
 
 def _measure_model(flags, config, variant, against):
-    """Rows of one variant and batch size, and the rates of this device's matrix products."""
+    """Rows of one variant and batch size, the rates of this device's matrix products, and rows of
+    the profile if it is asked for."""
     build = models.training if flags.what == "train" else models.inference
     with contextlib.ExitStack() as stack:
         peers = {name: stack.enter_context(contextlib.closing(
@@ -208,8 +221,8 @@ def _measure_model(flags, config, variant, against):
         timing = timings[side]
         flops = work.flops * batch / len(jax.devices())
         about = peers[side].about if side in peers else {
-            "memory_bytes": work.memory_bytes, "first_seconds": work.compile_seconds,
-            "library": work.attention}
+            "memory_bytes": executable_bytes(work.executable),
+            "first_seconds": work.compile_seconds, "library": work.attention}
         memory = about.get("memory_bytes")
         rows.append({
             "variant": variant, "batch": batch, "dtype": config.dtype, "side": side,
@@ -223,7 +236,10 @@ def _measure_model(flags, config, variant, against):
             "vit_jax is faster by": None if side == "vit_jax" else ratio(ours, timing),
             "library": about["library"],
         })
-    return rows, {shape: round(rate, 4) for shape, rate in rates.items()}
+    shares = profile(work.executable, work.call) if flags.profile else []
+    return rows, {shape: round(rate, 4) for shape, rate in rates.items()}, [
+        {"variant": variant, "batch": batch, "part": share.part, "%": 100 * share.total,
+         "of it products": 100 * share.products} for share in shares]
 
 
 def _rates(timing: Timing, images: int):

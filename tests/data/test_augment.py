@@ -1,10 +1,11 @@
 import cv2
 import numpy as np
 import pytest
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from vit_jax.data import augment
-from vit_jax.data.decode import Whole
+from vit_jax.data.decode import Whole, decode_image, open_image
 from vit_jax.errors import UserError
 
 pytestmark = pytest.mark.core
@@ -166,6 +167,32 @@ def test_inception_crop():
     rough = augment.inception_crop(Whole(noise(200, 240)), (32, 40), np.random.default_rng(0),
                                    antialias=False)
     assert smooth.std() < rough.std()
+
+
+@pytest.mark.parametrize("size, antialias", [  # decoded at 1/2, 1/4, 1/8
+    (224, False), (128, False), (64, False), (128, True), (64, True), (32, True)])
+def test_a_large_photo_decoded_smaller_loses_nothing(size, antialias):
+    """Of matplotlib's sample photo, 512x600, quality 95: nearer to the whole photo shrunk with a
+    low-pass filter than plain bilinear interpolation of it is. docs/data.md has the numbers."""
+    with get_sample_data("grace_hopper.jpg") as file:
+        data = file.read()
+    whole = decode_image(data, max_pixels=10**6)
+    expected = augment.resize(whole, (size, size), antialias=True)
+    plain, scaled = (
+        augment.inception_crop(
+            open_image(data, max_pixels=10**6), (size, size), np.random.default_rng(0),
+            area=(1, 1), aspect=(512 / 600, 512 / 600), scaled_decode=smaller, antialias=antialias)
+        for smaller in (False, True))
+    np.testing.assert_array_equal(plain, augment.resize(whole, (size, size), antialias=antialias))
+    assert (plain != scaled).any()
+    loss, plain_loss = psnr(scaled, expected), psnr(plain, expected)
+    print(f"{size}, antialias={antialias}: {loss:.1f} dB, at full size {plain_loss:.1f} dB")
+    assert loss > (42 if antialias else plain_loss + 5)
+
+
+def psnr(image, other):
+    error = np.mean((image.astype(float) - other) ** 2)
+    return 10 * np.log10(255**2 / error) if error else np.inf
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 2), (3, 700)])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,6 @@ from vit_jax.devices import train_flops
 from vit_jax.models.summary import summarize
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel, partition
-from vit_jax.training.memory import executable_bytes
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
 from vit_jax.training.step import make_loss_sum, make_train_step, normalize
@@ -28,20 +29,25 @@ class Work:
     """A compiled step with its inputs on the devices.
 
     Attributes:
-      run: does it so many times and returns the seconds.
+      call: starts it once and returns arrays that are ready when it is done.
+      executable: XLA's.
       flops: model FLOPs of one image (training: three forward passes, without what remat repeats).
       compile_seconds: tracing and compiling, without a cache.
-      memory_bytes: what XLA's analysis says the step takes on each device.
       parameters: number of scalars.
       attention: the kernel on a GPU, where there is a choice, and why not cuDNN's; otherwise ''.
     """
 
-    run: Run
+    call: Callable[[], Any]
+    executable: jax.stages.Compiled
     flops: float
     compile_seconds: float
-    memory_bytes: int
     parameters: int
     attention: str
+
+    @property
+    def run(self) -> Run:
+        """Does it so many times and returns the seconds."""
+        return _timed(self.call)
 
 
 def synthetic_batch(batch_size: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -97,8 +103,7 @@ def training(config: ml_collections.ConfigDict) -> Work:
         return trainer.state, metrics
 
     summary = summarize(trainer.model, image_size(config))
-    return Work(_timed(update), train_flops(summary.flops), compile_seconds,
-                executable_bytes(step), summary.parameters,
+    return Work(update, step, train_flops(summary.flops), compile_seconds, summary.parameters,
                 _attention(trainer.model, config, train=True))
 
 
@@ -122,9 +127,8 @@ def inference(config: ml_collections.ConfigDict) -> Work:
     compile_seconds = time.perf_counter() - begin
 
     summary = summarize(model, size)
-    return Work(_timed(lambda: compiled(params, images)), summary.flops, compile_seconds,
-                executable_bytes(compiled), summary.parameters,
-                _attention(model, config, train=False))
+    return Work(lambda: compiled(params, images), compiled, summary.flops, compile_seconds,
+                summary.parameters, _attention(model, config, train=False))
 
 
 def _attention(model, config, train) -> str:

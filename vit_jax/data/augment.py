@@ -66,11 +66,13 @@ def inception_crop(
       rng: where the randomness comes from.
       area: range of the crop's share of the image.
       aspect: range of the crop's width / height, before it is resized.
-      scaled_decode: whether a large JPEG may be decoded smaller; see `decode.Jpeg.crop`.
+      scaled_decode: whether a large JPEG may be decoded smaller, see `decode.Jpeg.crop`: down to
+        `size`, and to twice that where `antialias` is left something to do.
       antialias, interpolation: see `resize`.
     """
     box = inception_box(image.height, image.width, rng, area=area, aspect=aspect)
-    crop = image.crop(box, at_least=size if scaled_decode else None)
+    at_least = tuple(2 * side for side in size) if antialias else size
+    crop = image.crop(box, at_least=at_least if scaled_decode else None)
     return resize(crop, size, antialias=antialias, interpolation=interpolation)
 
 

@@ -55,10 +55,11 @@ def make_loss_sum(
     def loss_sum(params, batch, key):
         images = mixing.mixed_images(batch, lambda x: normalize(x, pixels))
         logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        targets = mixing.mixed_targets(batch, lambda labels: targets_from_labels(
-            labels, logits.shape[-1], config.loss.label_smoothing))
-        losses = cross_entropy(config.loss.name, logits, targets)
-        return jnp.sum(jnp.where(batch["mask"], losses, 0.0))
+        with jax.named_scope("loss"):
+            targets = mixing.mixed_targets(batch, lambda labels: targets_from_labels(
+                labels, logits.shape[-1], config.loss.label_smoothing))
+            losses = cross_entropy(config.loss.name, logits, targets)
+            return jnp.sum(jnp.where(batch["mask"], losses, 0.0))
 
     return loss_sum
 
@@ -122,19 +123,20 @@ def make_train_step(
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             (loss, gradients), _ = jax.lax.scan(accumulate, zeros, (split, jnp.arange(parts)))
 
-        # Sums over parts and devices, divided once: the mean over all valid images.
-        loss, gradients = jax.tree.map(
-            lambda x: total(x) / jnp.maximum(valid, 1.0), (loss, gradients))
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        }
-        params = optax.apply_updates(state.params, updates)
-        step, ema_params = state.step + 1, state.ema_params
-        if config.ema_decay is not None:
-            ema_params = moving_average(ema_params, params, config.ema_decay, step)
+        with jax.named_scope("optimizer"):
+            # Sums over parts and devices, divided once: the mean over all valid images.
+            loss, gradients = jax.tree.map(
+                lambda x: total(x) / jnp.maximum(valid, 1.0), (loss, gradients))
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            metrics = {
+                "loss": loss,
+                "grad_norm": optax.tree.norm(gradients),
+                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            }
+            params = optax.apply_updates(state.params, updates)
+            step, ema_params = state.step + 1, state.ema_params
+            if config.ema_decay is not None:
+                ema_params = moving_average(ema_params, params, config.ema_decay, step)
         return TrainState(step, params, opt_state, ema_params), metrics
 
     return train_step

@@ -2,10 +2,23 @@
 
 import json
 import sys
+import time
 
 
 def say(**answer):
     print(json.dumps(answer), flush=True)
+
+
+def reader(stream, read_ahead):
+    """Times batches, less those the stream may have made before the clock began to run."""
+    def run(times):
+        for _ in range(read_ahead):
+            next(stream)
+        begin = time.perf_counter()
+        for _ in range(times):
+            next(stream)
+        return time.perf_counter() - begin
+    return run
 
 
 def serve(prepare):

@@ -4,9 +4,8 @@ The crop is torchvision's RandomResizedCrop, written out so that torchvision nee
 """
 
 import math
-import time
 
-from serve import serve
+from serve import reader, serve
 
 
 def crop_box(width, height, area, aspect, torch):
@@ -47,15 +46,8 @@ def prepare(kind, task):
     loader = iter(torch.utils.data.DataLoader(
         photos, batch_size=task["batch_size"], sampler=sampler, num_workers=task["workers"]))
 
-    def run(times):
-        for _ in range(task["read_ahead"]):
-            next(loader)
-        begin = time.perf_counter()
-        for _ in range(times):
-            next(loader)
-        return time.perf_counter() - begin
-
-    return run, {"library": f"torch {torch.__version__}, Pillow {PIL.__version__}"}
+    about = {"library": f"torch {torch.__version__}, Pillow {PIL.__version__}"}
+    return reader(loader, task["read_ahead"]), about
 
 
 if __name__ == "__main__":
