@@ -26,8 +26,6 @@ from vit_jax.main import main as train
 from vit_jax.predict import imagenet_classes, main, predict
 from vit_jax.training.workdir import read_config
 
-pytestmark = pytest.mark.core
-
 
 def run_of(folder, *arguments):
     with contextlib.redirect_stdout(io.StringIO()):

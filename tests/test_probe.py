@@ -20,8 +20,6 @@ from vit_jax.probes.extraction import Features
 from vit_jax.probes.fewshot import draw_examples, fewshot_accuracies
 from vit_jax.probes.knn import knn_accuracy
 
-pytestmark = pytest.mark.core
-
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

@@ -22,8 +22,6 @@ from vit_jax.training.step import make_train_step
 from vit_jax.training.stop import StopSignal
 from vit_jax.training.task import make_task_loss
 
-pytestmark = pytest.mark.core
-
 
 def load(recipe):
     return load_config(f"{CONFIGS}/{recipe}")

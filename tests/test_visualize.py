@@ -20,7 +20,6 @@ from vit_jax.images import Unreadable
 from vit_jax.main import main as train
 from vit_jax.visualize import TITLES, look, main, parse_what
 
-pytestmark = pytest.mark.core
 TINY = dict(patch_size=4, hidden_size=16, mlp_dim=24, num_heads=2, num_layers=2)
 MEAN, STD = (0.4, 0.3, 0.2), 0.2
 

@@ -6,8 +6,6 @@ import pytest
 
 from vit_jax.analysis import figures
 
-pytestmark = pytest.mark.core
-
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).random(shape)

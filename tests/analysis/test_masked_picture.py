@@ -15,7 +15,6 @@ from vit_jax.training.masked_patches import (
 )
 from vit_jax.training.step import Pixels, normalize
 
-pytestmark = pytest.mark.core
 PIXELS = Pixels(0.4, 0.25)
 
 

@@ -12,8 +12,6 @@ from vit_jax.models.variants import create_model
 from vit_jax.probes.evaluator import make_probes
 from vit_jax.training import partition
 
-pytestmark = pytest.mark.core
-
 
 class Counting:
     """A source that remembers which records were read."""

@@ -14,7 +14,6 @@ from vit_jax.probes.extraction import make_extractor
 from vit_jax.training import partition
 from vit_jax.training.step import Pixels
 
-pytestmark = pytest.mark.core
 TINY = dict(patch_size=4, hidden_size=16, mlp_dim=24, num_heads=2, num_layers=1)
 
 

@@ -15,7 +15,6 @@ from vit_jax.probes.fewshot import (
     least_squares,
 )
 
-pytestmark = pytest.mark.core
 CLASSES = 4
 
 

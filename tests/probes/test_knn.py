@@ -7,8 +7,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from vit_jax.probes import knn
 from vit_jax.probes.extraction import Features
 
-pytestmark = pytest.mark.core
-
 
 def blobs(images, seed):
     centres = np.random.default_rng(7).normal(size=(5, 12))

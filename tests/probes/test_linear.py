@@ -10,7 +10,6 @@ from vit_jax.errors import UserError
 from vit_jax.probes.extraction import Features
 from vit_jax.probes.linear import STRENGTHS, linear_probe, logistic_regression
 
-pytestmark = pytest.mark.core
 CLASSES = 4
 IMAGES = 300  # everywhere, since every other number is compiled anew
 
