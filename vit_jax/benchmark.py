@@ -53,25 +53,11 @@ def main(arguments: list[str]) -> None:
     flags = _parse(rest)
     variants = [_variant(name) for name in flags.variants.split(",")] if flags.variants else []
     against = flags.against.split(",") if flags.against else []
-    for name in against:
-        if name not in _AGAINST[flags.what]:
-            possible = ", ".join(_AGAINST[flags.what]) or "nothing"
-            raise UserError(f"--against={name} does not go with --what={flags.what}; "
-                            f"{possible} does.")
-    _check_keys(flags.what, overrides, against)
-    if flags.images and flags.what != "input":
-        raise UserError("--images is for --what=input.")
-    if flags.seconds and flags.what in ("checkpoint", "startup"):
-        raise UserError(f"--seconds has no effect on --what={flags.what}; --rounds has.")
-    flags.seconds = flags.seconds or _SECONDS
-    if flags.profile and (flags.what not in ("train", "infer") or flags.batch_sizes == "largest"):
-        raise UserError("--profile is for --what=train and --what=infer of given --batch_sizes.")
     if against and flags.what != "input":
         # A GPU's memory is shared with the other process, so that none is taken ahead.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        if len(jax.devices()) > 1 and jax.default_backend() != "cpu":
-            raise UserError("--against compares one device with one; show this process a single "
-                            "one (CUDA_VISIBLE_DEVICES=0).")
+    _check(flags, overrides, against)
+    flags.seconds = flags.seconds or _SECONDS
     if not variants and flags.what != "input":
         variants = ["S/16"]
 
@@ -149,13 +135,30 @@ def _batch_sizes(flags):
     return [int(text) for text in sizes]
 
 
-def _check_keys(what, overrides, against):
+def _check(flags, overrides, against):
+    """Refuses what would have no effect, or could not be compared."""
+    for name in against:
+        if name not in _AGAINST[flags.what]:
+            possible = ", ".join(_AGAINST[flags.what]) or "nothing"
+            raise UserError(f"--against={name} does not go with --what={flags.what}; "
+                            f"{possible} does.")
+    if flags.images and flags.what != "input":
+        raise UserError("--images is for --what=input.")
+    if flags.seconds and flags.what in ("checkpoint", "startup"):
+        raise UserError(f"--seconds has no effect on --what={flags.what}; --rounds has.")
+    if flags.profile and (flags.what not in ("train", "infer") or flags.batch_sizes == "largest"):
+        raise UserError("--profile is for --what=train and --what=infer of given --batch_sizes.")
+    alone = flags.what == "input" or not against
+    if not alone and len(jax.devices()) > 1 and jax.default_backend() != "cpu":
+        raise UserError("--against compares one device with one; show this process a single one "
+                        "(CUDA_VISIBLE_DEVICES=0).")
+    followed = [(_KEYS[flags.what], f"--what={flags.what}"),
+                *((_SHARED_KEYS[flags.what], f"--against={name}") for name in against)]
     for key, text in overrides.items():
         config_lib.parse_value(key, text)  # refuses what is no key or no value
         if key in ("model.variant", "batch_size"):
             raise UserError(f"--config.{key} is what --variants and --batch_sizes are for.")
-        for keys, who in ((_KEYS[what], f"--what={what}"),
-                          *((_SHARED_KEYS[what], f"--against={name}") for name in against)):
+        for keys, who in followed:
             if not any(fnmatch.fnmatchcase(key, pattern) for pattern in keys):
                 raise UserError(f"--config.{key} has no effect on {who}; leave it out. "
                                 f"These have one: {', '.join(keys)}.")

@@ -4,6 +4,10 @@ cuDNN's kernel itself has not run here: there is no GPU. What is tested is when 
 """
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 import types
 
 import jax
@@ -190,6 +194,41 @@ def test_padding_changes_nothing(length):
         lambda *heads: fused_attend(*heads, implementation="xla"), query, key, value)
     for a, b in zip((found, *pull_found(cotangent)), (expected, *pull(cotangent)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+ON_A_GPU = """
+import sys
+import jax, jax.numpy as jnp
+from vit_jax.models.attention import attend, choose_implementation, fused_attend
+
+length, kernel = int(sys.argv[1]), sys.argv[2]
+chosen = choose_implementation("auto", dtype="bfloat16", length=length, head_dim=64)
+assert kernel != "cudnn" or chosen == ("cudnn", ""), chosen
+*heads, cotangent = (jax.random.normal(jax.random.key(i), (4, length, 6, 64), "bfloat16")
+                     for i in range(4))
+found, pull = jax.vjp(lambda *x: fused_attend(*x, kernel), *heads)
+expected, pull_expected = jax.vjp(attend, *(x.astype("float32") for x in heads))
+for a, b in zip((found, *pull(cotangent)),
+                (expected, *pull_expected(cotangent.astype("float32"))), strict=True):
+    print(float(jnp.abs(a - b).max() / jnp.abs(b).max()))
+"""
+
+
+@pytest.mark.parametrize("length", [196, 197])
+@pytest.mark.parametrize("platform, kernel", [
+    ("cpu", "xla"),
+    pytest.param("cuda", "cudnn", marks=[pytest.mark.slow, pytest.mark.skipif(
+        not shutil.which("nvidia-smi"), reason="there is no NVIDIA GPU")]),
+])
+def test_fused_kernels_against_float32(platform, kernel, length):
+    """To bfloat16's 8 bits: outputs, and gradients of queries, keys and values."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    run = subprocess.run([sys.executable, "-c", ON_A_GPU, str(length), kernel], text=True,
+                         env=environment | {"JAX_PLATFORMS": platform}, capture_output=True,
+                         check=False)
+    assert run.returncode == 0, run.stderr
+    errors = [float(line) for line in run.stdout.splitlines()]
+    assert len(errors) == 4 and max(errors) < 0.02, errors
 
 
 def test_what_only_jax_knows_is_said_in_its_words(hopper, monkeypatch):
