@@ -240,6 +240,9 @@ def _measure_model(flags, config, variant, against):
             "library": about["library"],
         })
     shares = profile(work.executable, work.call) if flags.profile else []
+    if flags.profile and not shares:
+        print("The trace names no operations; on a GPU try again with "
+              "XLA_FLAGS=--xla_gpu_enable_command_buffer=", file=sys.stderr)
     return rows, {shape: round(rate, 4) for shape, rate in rates.items()}, [
         {"variant": variant, "batch": batch, "part": share.part, "%": 100 * share.total,
          "of it products": 100 * share.products} for share in shares]

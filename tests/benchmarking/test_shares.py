@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vit_jax.benchmarking.profile import NOTHING, OTHER, _kinds, _shared_out, profile
+from vit_jax.benchmarking.profile import _CONTAINER, NOTHING, OTHER, _kinds, _shared_out, profile
 
 pytestmark = pytest.mark.core
 
@@ -24,6 +24,7 @@ ENTRY %main (a: f32[2,3], b: f32[3,4]) -> f32[2,4] {
   %dot.2 = f32[2,4]{1,0} dot(%x, %y), metadata={op_name="jit(f)/transpose(jvp(M))/encoderblock_1/MultiHeadDotProductAttention_0/query/dot_general"}
   %gemm.1 = f32[2,4]{1,0} custom-call(%x, %y), custom_call_target="__cublas$gemm", metadata={op_name="jit(f)/encoderblock_1/MultiHeadDotProductAttention_0/dot_general"}
   %multiply.7 = f32[2,4]{1,0} multiply(%x, %y), metadata={op_name="jit(f)/optimizer/mul"}
+  %while.2 = (f32[2,4]{1,0}) while(%t), condition=%c, body=%b, metadata={op_name="jit(f)/encoderblock/while"}
   ROOT %copy.4 = f32[2,4]{0,1} copy(%add.1)
 }
 """  # noqa: E501
@@ -37,6 +38,7 @@ def test_what_an_instruction_is_part_of():
     assert kinds["gemm.1"] == ("attention", True)
     assert kinds["multiply.7"] == ("optimizer", False)
     assert kinds["copy.4"] == (OTHER, False)
+    assert kinds["while.2"] == _CONTAINER
 
 
 def test_time_is_shared_out():
@@ -60,3 +62,17 @@ def test_a_real_program():
     assert sum(share.total for share in found.values()) == pytest.approx(1)
     assert found["loss"].products > 0 == found["optimizer"].products
     assert found["optimizer"].total > 0
+
+
+def test_a_loop_is_what_is_in_it():
+    @jax.jit
+    def work(x):
+        def body(x, _):
+            with jax.named_scope("loss"):
+                return x @ x / 1000, None
+        return jax.lax.scan(body, x, None, length=9)[0]
+
+    x = jax.random.normal(jax.random.key(0), (300, 300))
+    executable = work.lower(x).compile()
+    found = {share.part: share for share in profile(executable, lambda: executable(x))}
+    assert found["loss"].total > (found[OTHER].total if OTHER in found else 0)

@@ -9,7 +9,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from vit_jax.data import decode
+from vit_jax.data import augment, decode
 from vit_jax.data.decode import BadImageError, Jpeg, Whole, decode_image, open_image
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("error")]
@@ -415,6 +415,11 @@ def test_a_part_of_a_turned_jpeg(orientation):
     for top, left, height, width in boxes(image.height, image.width):
         np.testing.assert_array_equal(
             image.crop((top, left, height, width)), whole[top:top + height, left:left + width])
+    for size in ((24, 32), (image.height, image.width)):  # it can be resized, or need not be
+        kept, cut = (augment.inception_crop(one, size, np.random.default_rng(0), area=(1, 1),
+                                            aspect=(0.1, 10), antialias=False)
+                     for one in (Whole(whole), image))
+        np.testing.assert_array_equal(kept, cut)
     # Twice as small in one direction alone, so that a mix-up of the two is noticed.
     tall, wide = image.height // 2, image.width // 2 - 10
     small = image.crop((0, 0, image.height, image.width), at_least=(tall, wide))

@@ -30,6 +30,7 @@ _PARTS = (
 _PRODUCTS = re.compile(r"\b(dot|convolution)\(|custom_call_target=\"__(cublas|cudnn|onednn)|"
                        r"kind=\"__triton_(nested_)?gemm")
 _TRACES = 3
+_CONTAINER = ("", False)  # of loops and branches: what is in them is in the trace itself
 OTHER, NOTHING = "other", "nothing in the trace"
 
 
@@ -50,10 +51,15 @@ class Share:
 
 def profile(executable: jax.stages.Compiled, call: Callable[[], object]) -> list[Share]:
     """Traces `call()`, which runs the executable once, a few times and returns the shares of the
-    fastest, largest first. Operations that run at the same time share it evenly."""
+    fastest, largest first; [] if the traces name no operations, as where a GPU is given many in one
+    piece. Operations that run at the same time share it evenly."""
     kinds = _kinds(executable.as_text())
     jax.block_until_ready(call())
-    best = min((_trace(call) for _ in range(_TRACES)), key=_duration)
+    traces = [[event for event in _trace(call) if kinds.get(event[2]) != _CONTAINER]
+              for _ in range(_TRACES)]
+    if not all(traces):
+        return []
+    best = min(traces, key=_duration)
     times = _shared_out(best)
     found = collections.defaultdict(lambda: [0.0, 0.0])
     for name, time in times.items():
@@ -72,16 +78,12 @@ def _trace(call) -> list[Event]:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
         (file,) = Path(folder).rglob("*.xplane.pb")
-        data = ProfileData.from_file(str(file))
-        events = []
-        for plane in data.planes:
-            for line in plane.lines:
-                for event in line.events:
-                    operation = dict(event.stats).get("hlo_op")
-                    if operation:
-                        begin = event.start_ns
-                        events.append((begin, begin + event.duration_ns, str(operation)))
-    return events
+        planes = list(ProfileData.from_file(str(file)).planes)
+        # Beside an accelerator the host's operations are no more than their launches.
+        devices = [plane for plane in planes if plane.name.startswith("/device:")]
+        return [(event.start_ns, event.start_ns + event.duration_ns, str(operation))
+                for plane in devices or planes for line in plane.lines for event in line.events
+                if (operation := dict(event.stats).get("hlo_op"))]
 
 
 def _duration(events):
@@ -115,6 +117,9 @@ def _kinds(program: str) -> dict[str, tuple[str, bool]]:
             called = re.search(r"\b(?:calls|to_apply)=%?([\w.\-]+)", line)
             calls[found[1]] = (line, called[1] if called else None)
     for name, (line, called) in calls.items():
+        if re.search(r" (while|conditional|call)\(", line):
+            kinds[name] = _CONTAINER
+            continue
         lines = [line, *bodies[called]]
         kinds[name] = (_part(lines), any(_PRODUCTS.search(one) for one in lines))
     return kinds
