@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -78,9 +79,12 @@ def _trace(call) -> list[Event]:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
         (file,) = Path(folder).rglob("*.xplane.pb")
-        planes = list(ProfileData.from_file(str(file)).planes)
-        # Beside an accelerator the host's operations are no more than their launches.
-        devices = [plane for plane in planes if plane.name.startswith("/device:")]
+        data = ProfileData.from_file(str(file))
+    planes = list(data.planes)
+    # Beside an accelerator the host's operations are no more than their launches.
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    with warnings.catch_warnings():  # jaxlib's class of stats has no __module__ on Python 3.12
+        warnings.simplefilter("ignore", DeprecationWarning)
         return [(event.start_ns, event.start_ns + event.duration_ns, str(operation))
                 for plane in devices or planes for line in plane.lines for event in line.events
                 if (operation := dict(event.stats).get("hlo_op"))]
