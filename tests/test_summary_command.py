@@ -9,7 +9,6 @@ from vit_jax.errors import UserError
 from vit_jax.models.summary import format_summary, summarize
 from vit_jax.summary import main
 
-pytestmark = pytest.mark.core
 TINY = dict(patch_size=4, hidden_size=16, mlp_dim=24, num_heads=2, num_layers=2)
 
 

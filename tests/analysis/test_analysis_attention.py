@@ -14,7 +14,6 @@ from vit_jax.analysis.attention import (
 )
 from vit_jax.analysis.record import Recording
 
-pytestmark = pytest.mark.core
 GRID, STRIDE = (3, 4), 16
 PATCHES = 12
 

@@ -14,8 +14,6 @@ from vit_jax.analysis.features import (
 )
 from vit_jax.models.positions import AddPositionEmbs
 
-pytestmark = pytest.mark.core
-
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)

@@ -11,8 +11,6 @@ from tiny_models import abstract_params, apply, pixels, random_params, tiny
 from vit_jax.models.masked import MASK, TARGETS, MaskedPatchModel, corrupt, masked_patch_model
 from vit_jax.models.vit import VisionTransformer
 
-pytestmark = pytest.mark.core
-
 
 def masked(target="mean_color", **overrides):
     return masked_patch_model(tiny(**overrides), target)

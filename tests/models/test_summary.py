@@ -10,8 +10,6 @@ from tiny_models import abstract_params, tiny
 from vit_jax.models.summary import format_summary, summarize
 from vit_jax.models.variants import create_model
 
-pytestmark = pytest.mark.core
-
 
 @pytest.mark.parametrize(
     "name, size, layers, tokens, width, published",

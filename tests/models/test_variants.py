@@ -10,8 +10,6 @@ from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import VARIANTS, canonical_name, create_model
 from vit_jax.models.vit import VisionTransformer
 
-pytestmark = pytest.mark.core
-
 # Parameters with 1000 classes at 224 and at 384 (378 with patches of 14), from the authors' own
 # tests where they have the variant. R50+B/32 and R50+L/16 are sums of parts of their neighbours
 # in this table; g/14 and G/14 follow from the sizes in arXiv 2106.04560.

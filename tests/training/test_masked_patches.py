@@ -22,7 +22,6 @@ from vit_jax.training.masked_patches import (
 from vit_jax.training.masked_patches import sample_corruption as sample_corruption_eagerly
 from vit_jax.training.step import Pixels, normalize
 
-pytestmark = pytest.mark.core
 PIXELS = Pixels((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 sample_corruption = jax.jit(sample_corruption_eagerly, static_argnames=("patches", "rate"))
 
