@@ -1,4 +1,4 @@
-"""Small image files for the tests of `vit_jax.data.preparing`."""
+"""Small made images, and files of them."""
 
 import io
 
@@ -12,9 +12,21 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def encode(pixels: np.ndarray, form: str = "JPEG", mode: str | None = None, **options) -> bytes:
+def edged_photo(height=37, width=53, seed=0) -> Image.Image:
+    """Smooth colours with an edge, so that chroma upsampling matters and no two sides are alike."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
+    pixels = np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+    pixels[: height // 3, : width // 4] = (250, 10, 60)
+    return Image.fromarray(pixels)
+
+
+def encode(
+    image: np.ndarray | Image.Image, form: str = "JPEG", mode: str | None = None, **options
+) -> bytes:
     """An image file made by Pillow."""
-    image = Image.fromarray(pixels)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     file = io.BytesIO()
     (image.convert(mode) if mode else image).save(file, form, **options)
     return file.getvalue()

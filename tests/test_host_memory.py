@@ -1,7 +1,6 @@
 """Page faults of a compiled step, in processes of their own: the setting is for good."""
 
 import os
-import statistics
 import subprocess
 import sys
 
@@ -21,7 +20,7 @@ def step(x):  # 64 MiB of temporaries
 
 x = jnp.arange(4096.0)
 faults = []
-for _ in range(12):  # every thread that runs a step has memory of its own to begin with
+for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -37,13 +36,14 @@ def run(mode):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
-def test_later_steps_fault_no_pages_in():
+def test_steps_need_not_fault_pages_in():
     kept, faults = run("keep")
     if not kept:
         pytest.skip("another C library than glibc")
     _, without = run("not")
-    assert min(faults) < 500  # 64 MiB are 16,384 pages
-    assert statistics.median(without) > 10_000
+    # 64 MiB are 16,384 pages. Now and then a kept block is in small use, and a step takes another.
+    assert min(faults) < 500
+    assert min(without) > 10_000
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "tpu,cpu"])

@@ -40,7 +40,8 @@ _KEYS = {"train": _TRAINING, "infer": _MODEL, "checkpoint": _TRAINING, "startup"
          "input": (*_TRAINING, "data.workers", "data.train_crop", "data.crop_*",
                    "data.scaled_decode", "data.flip", "data.randaugment", "data.antialias",
                    "data.interpolation", "data.max_pixels")}
-# Those that other libraries follow too.
+# Those with which the work stays the same: other libraries follow them, but for the last two of a
+# model, which they choose for themselves.
 _SHARED_KEYS = dict.fromkeys(("train", "infer"), ("dtype", "data.image_size",
                              "model.attention_implementation", "model.activation")) | {
     "input": ("data.image_size", "data.workers", "data.crop_area", "data.crop_aspect")}
@@ -148,8 +149,8 @@ def _check(flags, overrides, against):
         raise UserError(f"--seconds has no effect on --what={flags.what}; --rounds has.")
     if flags.profile and (flags.what not in ("train", "infer") or flags.batch_sizes == "largest"):
         raise UserError("--profile is for --what=train and --what=infer of given --batch_sizes.")
-    alone = flags.what == "input" or not against
-    if not alone and len(jax.devices()) > 1 and jax.default_backend() != "cpu":
+    beside = against and flags.what != "input"
+    if beside and len(jax.devices()) > 1 and jax.default_backend() != "cpu":
         raise UserError("--against compares one device with one; show this process a single one "
                         "(CUDA_VISIBLE_DEVICES=0).")
     followed = [(_KEYS[flags.what], f"--what={flags.what}"),

@@ -187,6 +187,7 @@ def test_a_large_photo_decoded_smaller_loses_nothing(size, antialias):
     assert (plain != scaled).any()
     loss, plain_loss = psnr(scaled, expected), psnr(plain, expected)
     print(f"{size}, antialias={antialias}: {loss:.1f} dB, at full size {plain_loss:.1f} dB")
+    # Measured: 42.5 to 47.2 dB, and 6.9 to 11.6 more than at full size; libjpegs may differ.
     assert loss > (42 if antialias else plain_loss + 5)
 
 

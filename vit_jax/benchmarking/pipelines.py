@@ -8,6 +8,7 @@ import jax
 import ml_collections
 
 from vit_jax.benchmarking.models import Trainer
+from vit_jax.benchmarking.peers.serve import reader
 from vit_jax.benchmarking.photos import Photos
 from vit_jax.benchmarking.timing import Run
 from vit_jax.config import image_size
@@ -25,18 +26,8 @@ def batches(config: ml_collections.ConfigDict, photos: Photos):
 @contextlib.contextmanager
 def decoding(config: ml_collections.ConfigDict, photos: Photos) -> Iterator[Run]:
     """Reads, decodes, crops and resizes batches and does nothing with them."""
-    stream = batches(config, photos)
-
-    def run(times):
-        for _ in range(READ_AHEAD):
-            next(stream)
-        begin = time.perf_counter()
-        for _ in range(times):
-            next(stream)
-        return time.perf_counter() - begin
-
-    with contextlib.closing(stream):
-        yield run
+    with contextlib.closing(batches(config, photos)) as stream:
+        yield reader(stream, READ_AHEAD)
 
 
 @contextlib.contextmanager

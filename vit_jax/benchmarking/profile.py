@@ -21,12 +21,12 @@ _PARTS = (
     ("loss", r"/loss/|\(loss\)"),
     ("attention: projections", r"/MultiHeadDotProductAttention_\d+/(query|key|value|out)/"),
     ("attention", r"/MultiHeadDotProductAttention_"),
-    ("MLP", r"/MlpBlock_|/GatedMlpBlock_"),
+    ("MLP", r"/MlpBlock_"),
     ("LayerNorm", r"/LayerNorm_|/encoder_norm"),
-    ("head", r"/head/|/pre_logits/|/MAPHead_"),
+    ("head", r"/head/|/pre_logits/"),
     ("patches and positions", r"/embedding/|/posembed_input/|/cls\b"),
     ("residuals", r"/encoderblock"),
-    ("stem", r"/conv_root/|/gn_root/|/block\d"),
+    ("ResNet", r"/conv_root/|/gn_root/|/block\d"),
 )
 _PRODUCTS = re.compile(r"\b(dot|convolution)\(|custom_call_target=\"__(cublas|cudnn|onednn)|"
                        r"kind=\"__triton_(nested_)?gemm")

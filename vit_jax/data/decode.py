@@ -110,7 +110,8 @@ class Jpeg:
     def crop(
         self, box: tuple[int, int, int, int], at_least: tuple[int, int] | None = None
     ) -> np.ndarray:
-        """The pixels of (top, left, height, width), as a view; to the bit those of `decode_image`.
+        """The pixels of (top, left, height, width), as a view; without `at_least` to the bit those
+        of `decode_image`.
 
         What is below the box is not decoded: a header is made up in which the image ends there.
 
@@ -124,8 +125,9 @@ class Jpeg:
           BadImageError: it cannot be decoded.
         """
         top, left, height, width = _stored_box(box, self._stored, self._orientation)
-        target = at_least if self._orientation < 5 or at_least is None else at_least[::-1]
-        scale = 1 if target is None else _scale(height, width, target)
+        if at_least and self._orientation >= 5:  # lies on its side
+            at_least = at_least[::-1]
+        scale = _scale(height, width, at_least) if at_least else 1
         # Chroma is interpolated between rows, so a little more is decoded than is kept.
         rows = min(self._stored[0], top + height + _MARGIN)
         at = self._frame + 1  # after the precision: 16 bits of height

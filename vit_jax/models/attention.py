@@ -67,7 +67,8 @@ def _cudnn_refusal(dtype: str, length: int, head_dim: int) -> str:
     try:
         _compile_gradient(jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype))
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        return f"JAX refuses cuDNN's kernel: {str(error).splitlines()[0].rstrip('.')}"
+        reason = str(error) or type(error).__name__
+        return f"JAX refuses cuDNN's kernel: {reason.splitlines()[0].rstrip('.')}"
     return ""
 
 

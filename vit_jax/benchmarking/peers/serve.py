@@ -1,4 +1,5 @@
-"""The peer's end of the conversation in `vit_jax/benchmarking/peer.py`. Imports nothing of ours."""
+"""The peer's end of the conversation in `vit_jax/benchmarking/peer.py`, and the clock of pipelines,
+which our side uses too. Imports nothing of ours: the Python that runs it may not have it."""
 
 import json
 import sys
