@@ -3,6 +3,7 @@
 cuDNN's kernel itself has not run here: there is no GPU. What is tested is when it is asked for.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from vit_jax.models.attention import (
     attend,
     choose_implementation,
     fused_attend,
+    fused_length,
 )
 
 pytestmark = pytest.mark.core
@@ -122,8 +125,9 @@ def hopper(device, monkeypatch):
     device(platform="gpu", compute_capability="9.0")
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91002)
-    monkeypatch.setattr(attention, "_compile_gradient", lambda heads: jax.eval_shape(
-        jax.grad(lambda x: attention.fused_attend(x, x, x).sum()), heads))
+    monkeypatch.setattr(attention, "_compile_gradient", lambda length, head_dim, dtype: (
+        jax.eval_shape(jax.grad(lambda x: attention.fused_attend(x, x, x, length).sum()),
+                       jax.ShapeDtypeStruct((1, fused_length(length), 1, head_dim), dtype))))
 
 
 @pytest.mark.parametrize("attributes", [
@@ -185,28 +189,56 @@ def test_odd_lengths_are_padded_to_be_trained_by_cudnn(hopper):
 
 
 @pytest.mark.parametrize("length", [6, 7])
-def test_padding_changes_nothing(length):
-    """With JAX's plain kernel in the place of cuDNN's, which is asked the same."""
-    query, key, value, cotangent = (
-        jax.random.normal(jax.random.key(i), (2, length, 3, 8)) for i in range(4))
-    expected, pull = jax.vjp(attend, query, key, value)
-    found, pull_found = jax.vjp(
-        lambda *heads: fused_attend(*heads, implementation="xla"), query, key, value)
-    for a, b in zip((found, *pull_found(cotangent)), (expected, *pull(cotangent)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+def test_the_fused_kernel_changes_nothing(monkeypatch, length):
+    """Padded or not. With JAX's plain kernel in the place of cuDNN's, which is asked the same."""
+    module = MultiHeadDotProductAttention(num_heads=2)
+    x, cotangent = (jax.random.normal(jax.random.key(i), (3, length, 16)) for i in range(2))
+    params = module.init(jax.random.key(2), x, train=True)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(3), p.shape), params)
+
+    def run():
+        output, pull = jax.vjp(
+            lambda params, x: module.apply({"params": params}, x, train=True), params, x)
+        return output, pull(cotangent)
+
+    expected, lengths = run(), []
+
+    def kernel(query, key, value, length):
+        lengths.append(query.shape[1])
+        return fused_attend(query, key, value, length, implementation="xla")
+
+    monkeypatch.setattr(attention, "choose_implementation", lambda *_, **__: ("cudnn", ""))
+    monkeypatch.setattr(attention, "fused_attend", kernel)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6),
+                 run(), expected)
+    assert lengths == [fused_length(length)] and not lengths[0] % 2
+
+
+def test_projections_begin_as_flax_has_them():
+    """Google's: `nn.DenseGeneral`'s parameters of the same key, and its numbers."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 16))
+    flax = nn.DenseGeneral((2, 8), kernel_init=nn.initializers.xavier_uniform(), name="query")
+    ours = attention._Projection(2, 8, jnp.float32, name="query")
+    params, expected = (module.init(jax.random.key(1), x) for module in (ours, flax))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
+    np.testing.assert_allclose(ours.apply(params, x), flax.apply(params, x), rtol=1e-6, atol=1e-6)
 
 
 ON_A_GPU = """
 import sys
 import jax, jax.numpy as jnp
-from vit_jax.models.attention import attend, choose_implementation, fused_attend
+from vit_jax.models.attention import (
+    attend, choose_implementation, fused_attend, fused_length)
 
 length, kernel = int(sys.argv[1]), sys.argv[2]
 chosen = choose_implementation("auto", dtype="bfloat16", length=length, head_dim=64)
 assert kernel != "cudnn" or chosen == ("cudnn", ""), chosen
 *heads, cotangent = (jax.random.normal(jax.random.key(i), (4, length, 6, 64), "bfloat16")
                      for i in range(4))
-found, pull = jax.vjp(lambda *x: fused_attend(*x, kernel), *heads)
+more = ((0, 0), (0, fused_length(length) - length), (0, 0), (0, 0))
+found, pull = jax.vjp(
+    lambda *x: fused_attend(*(jnp.pad(y, more) for y in x), length, kernel)[:, :length], *heads)
 expected, pull_expected = jax.vjp(attend, *(x.astype("float32") for x in heads))
 for a, b in zip((found, *pull(cotangent)),
                 (expected, *pull_expected(cotangent.astype("float32"))), strict=True):
@@ -232,7 +264,7 @@ def test_fused_kernels_against_float32(platform, kernel, length):
 
 
 def test_what_only_jax_knows_is_said_in_its_words(hopper, monkeypatch):
-    def refuse(_):
+    def refuse(*_):
         raise RuntimeError("cuDNN is too old.\nAnd a page more.")
     monkeypatch.setattr(attention, "_compile_gradient", refuse)
     assert choose_implementation("auto", dtype="bfloat16", length=196, head_dim=64) == (

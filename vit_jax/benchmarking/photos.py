@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vit_jax.data.records import Record
+from vit_jax.data.records import Record, read_file
 from vit_jax.errors import UserError
 
 _MADE = 256
@@ -34,8 +34,7 @@ class Photos:
 
     def __getitem__(self, index: int) -> Record:
         path = self.paths[index % len(self.paths)]
-        with open(path, "rb") as file:
-            return Record(file.read(), 0, path)
+        return Record(read_file(path), 0, path)
 
     def labels(self) -> np.ndarray:
         return np.zeros(len(self), np.int32)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from vit_jax.buckets import refuse_bucket
-from vit_jax.data.records import Record, missing_split, stratified_split
+from vit_jax.data.records import Record, missing_split, read_file, stratified_split
 from vit_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -152,8 +152,7 @@ class FolderSplit:
         may be readable tomorrow, and leaving it out would change the run."""
         path = self.paths[index]
         try:
-            with open(path, "rb") as file:
-                data = file.read()
+            data = read_file(path)
         except OSError as error:
             raise _unreadable(path, error) from error
         return Record(data, int(self._labels[index]), path)

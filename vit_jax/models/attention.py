@@ -65,15 +65,16 @@ def _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions):
 def _cudnn_refusal(dtype: str, length: int, head_dim: int) -> str:
     """What the versions of JAX, XLA and cuDNN at hand say against it; '' if nothing."""
     try:
-        _compile_gradient(jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype))
+        _compile_gradient(length, head_dim, dtype)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error) or type(error).__name__
         return f"JAX refuses cuDNN's kernel: {reason.splitlines()[0].rstrip('.')}"
     return ""
 
 
-def _compile_gradient(heads):
-    jax.jit(jax.grad(lambda x: fused_attend(x, x, x).sum())).lower(heads).compile()
+def _compile_gradient(length, head_dim, dtype):
+    heads = jax.ShapeDtypeStruct((1, fused_length(length), 1, head_dim), dtype)
+    jax.jit(jax.grad(lambda x: fused_attend(x, x, x, length).sum())).lower(heads).compile()
 
 
 def cudnn_lacks(dtype: Any, head_dim: int, dropout_rate: float, relative_positions: bool) -> str:
@@ -91,22 +92,24 @@ def cudnn_lacks(dtype: Any, head_dim: int, dropout_rate: float, relative_positio
     return ""
 
 
+def fused_length(length: int) -> int:
+    """How many tokens `fused_attend` needs for so many: JAX (0.10 to 0.12) refuses cuDNN's gradient
+    for odd numbers, such as 14x14 patches and a class token. Those need one more."""
+    return length + length % 2
+
+
 def fused_attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "cudnn"
+    query: jax.Array, key: jax.Array, value: jax.Array, length: int, implementation: str = "cudnn"
 ) -> jax.Array:
     """`attend` by the kernel that `jax.nn.dot_product_attention` calls `implementation`.
 
-    JAX (0.10 to 0.12) refuses cuDNN's gradient for odd numbers of tokens, such as 14x14 patches and
-    a class token. They get one more, which none attends to and which is taken off again.
+    None attends to the tokens after the first `length`; what these attend to means nothing.
     """
-    length, lengths = query.shape[1], None
-    if length % 2:
-        one = ((0, 0), (0, 1), (0, 0), (0, 0))
-        query, key, value = (jnp.pad(x, one) for x in (query, key, value))
+    lengths = None
+    if query.shape[1] > length:
         lengths = jnp.full(query.shape[0], length, jnp.int32)
-    heads = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         query, key, value, key_value_seq_lengths=lengths, implementation=implementation)
-    return heads[:, :length]
 
 
 @jax.custom_vjp
@@ -155,6 +158,29 @@ def _scale(query):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+class _Projection(nn.Module):
+    """`nn.DenseGeneral` to heads as a product of matrices: cuBLAS adds a bias that is a vector, but
+    one of [H, d] XLA writes out for every token first."""
+
+    num_heads: int
+    head_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps tokens [B, N, D] of type `dtype` to [B, N, H, d]."""
+        width, heads = x.shape[-1], (self.num_heads, self.head_dim)
+        columns = self.num_heads * self.head_dim
+
+        def xavier_uniform(key):
+            return nn.initializers.xavier_uniform()(key, (width, columns)).reshape(width, *heads)
+
+        kernel = self.param("kernel", xavier_uniform).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, heads).astype(self.dtype)
+        y = x.reshape(-1, width) @ kernel.reshape(width, columns)
+        return (y + bias.reshape(columns)).reshape(*x.shape[:2], *heads)
+
+
 class MultiHeadDotProductAttention(nn.Module):
     """Self-attention, eq. 5-8 of the paper: `softmax(q k^T / sqrt(head_dim)) v`, then a projection.
 
@@ -180,24 +206,14 @@ class MultiHeadDotProductAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps tokens [B, N, D] to [B, N, D]."""
-        batch, length, width = x.shape
+        _, length, width = x.shape
+        x = x.astype(self.dtype)  # once, or the three gradients would be summed in float32
         if width % self.num_heads:
             raise ValueError(
                 f"hidden_size {width} is not divisible by num_heads {self.num_heads}; "
                 "choose a width that is a multiple of the number of heads."
             )
         head_dim = width // self.num_heads
-
-        def project(name):
-            heads = nn.DenseGeneral(
-                (self.num_heads, head_dim),
-                dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
-                name=name,
-            )(x.reshape(-1, width))
-            return heads.reshape(batch, length, self.num_heads, head_dim)
-
-        query, key, value = project("query"), project("key"), project("value")  # [B, N, H, d]
 
         # A fused kernel never holds the weights, so recording them takes the path that does.
         recording = self.is_mutable_collection("intermediates")
@@ -210,7 +226,14 @@ class MultiHeadDotProductAttention(nn.Module):
             relative_positions=self.relative_positions,
         )
         if implementation == "cudnn":
-            heads = fused_attend(query, key, value)
+            # Here and not around the kernel, where XLA would copy eight arrays for it and not two.
+            x = jnp.pad(x, ((0, 0), (0, fused_length(length) - length), (0, 0)))
+        query, key, value = (
+            _Projection(self.num_heads, head_dim, self.dtype, name=name)(x)
+            for name in ("query", "key", "value"))
+
+        if implementation == "cudnn":
+            heads = fused_attend(query, key, value, length)
         elif recording or self.relative_positions or (train and self.dropout_rate):
             logits = einsum_float32("bqhd,bkhd->bhqk", query, key)
             if self.relative_positions:
@@ -229,7 +252,7 @@ class MultiHeadDotProductAttention(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(),
             name="out",
         )(heads.reshape(-1, self.num_heads, head_dim))
-        return checkpoint_name(out.reshape(x.shape), "attention_out")
+        return checkpoint_name(out.reshape(x.shape)[:, :length], "attention_out")
 
     def _relative_logits(self, query, length, head_dim):
         """Logits [B, H, N, N] of the queries against one learned vector per offset p_q - p_k."""

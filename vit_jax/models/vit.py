@@ -278,9 +278,8 @@ class VisionTransformer(nn.Module):
       scan_layers: one compiled block run in a loop; parameters get a leading layer axis.
       remat: what the backward pass recomputes: 'none', 'full', 'dots' (all but matrix products
         with weights), 'names' (all but attention outputs and MLP hidden layers).
-      attention_implementation: 'xla', 'cudnn' (NVIDIA's fused kernel), or 'auto' for cuDNN where it
-        can be used (`attention.choose_implementation`): bfloat16 and, because of JAX, an even
-        number of tokens, as 'gap' or a register token gives with 14x14 patches.
+      attention_implementation: 'xla', 'cudnn' (NVIDIA's fused kernel, for bfloat16), or 'auto' for
+        cuDNN where it can be used (`attention.choose_implementation`).
       activation: 'gelu_tanh' (Google's) or 'gelu' (exact, PyTorch's).
       layer_scale: initial LayerScale gamma; None for none.
       register_tokens: number R of register tokens (arXiv 2309.16588).
