@@ -1,7 +1,9 @@
+import os
+
 import numpy as np
 import pytest
 
-from vit_jax.data.records import missing_split, stratified_split
+from vit_jax.data.records import missing_split, read_file, stratified_split
 
 pytestmark = pytest.mark.core
 
@@ -48,3 +50,23 @@ def test_missing_split_names_those_that_exist_and_the_nearest():
     assert str(missing_split("digits", "tset", ["train", "test"])) == (
         "digits has no split 'tset', only 'train', 'test'; did you mean 'test'?")
     assert "slices" in str(missing_split("digits", "train[:9%]", ["train", "test"]))
+
+
+@pytest.mark.parametrize("at_most", [3, 1000])
+def test_a_file_is_read_to_its_end(tmp_path, monkeypatch, at_most):
+    """Linux gives at most 2 GiB at a time, and a file may shrink before it is read."""
+    path, read = tmp_path / "file", os.read
+    monkeypatch.setattr(os, "read", lambda file, size: read(file, min(size, at_most)))
+    for content in (b"", b"abc", bytes(range(200))):
+        path.write_bytes(content)
+        assert read_file(str(path)) == content
+    status = os.stat_result((0,) * 6 + (len(content) + 5, 0, 0, 0))
+    monkeypatch.setattr(os, "fstat", lambda file: status)
+    assert read_file(str(path)) == content
+
+
+def test_a_folder_is_no_file(tmp_path):
+    opened = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
+    with pytest.raises(OSError):
+        read_file(str(tmp_path))
+    assert opened is None or len(os.listdir("/proc/self/fd")) == opened

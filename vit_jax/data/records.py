@@ -21,8 +21,8 @@ _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # which only Windows has
 
 
 def read_file(path: str) -> bytes:
-    """All of a file, in four system calls where `open` takes nine: around each, threads that
-    decode images wait for one another's Python (docs/performance.md). Raises OSError."""
+    """All of a file, in four system calls where `open` takes nine: at each of them threads that
+    decode images may have to wait for one another's Python. Raises OSError."""
     file = os.open(path, _READ)
     try:
         size = os.fstat(file).st_size
