@@ -1,6 +1,6 @@
 """The paper's ResNets (BiT): standardised convolutions, group normalisation, post-activation.
 
-They serve twice: as the stem of a hybrid ViT (`ResNetFeatures`, called in the ViT's own scope so
+They serve twice: as the stem of a hybrid ViT (`resnet_features`, called in the ViT's own scope so
 that the parameter tree is Google's) and, with a head, as the convolutional baseline (`ResNet`).
 Equal to Google's code in the kernel standardisation ((w - mean) / (std + 1e-5)), the group
 normalisation (32 groups, eps 1e-6) and the padding (SAME, so stride 2 pads right and bottom first).
@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models.pooling import max_pool
 from vit_jax.models.precision import dot_general_float32, promote_operands
 
 
@@ -102,7 +103,7 @@ def resnet_features(x, stages: tuple[int, ...], width_factor: int = 1, dtype=jnp
     width = 64 * width_factor
     x = StdConv(width, (7, 7), (2, 2), dtype, name="conv_root")(x)
     x = nn.relu(GroupNorm(dtype=dtype, name="gn_root")(x))
-    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+    x = max_pool(x)
     for i, num_units in enumerate(stages):
         strides = (1, 1) if i == 0 else (2, 2)
         x = ResNetStage(num_units, width * 2**i, strides, dtype, name=f"block{i + 1}")(x)
