@@ -32,12 +32,15 @@ def environment(*folders, **variables):
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """Makes a command that writes its arguments, a line each and an empty one after every call,
-    to the file that is returned, and then runs `then`."""
+    """Makes a command that writes its arguments to the file that is returned, for `calls`, and then
+    runs `then`. One line a call, since bash writes line by line, and calls may be made at once."""
     def make(name, then="exit 0", folder=tmp_path / "bin"):
         folder.mkdir(parents=True, exist_ok=True)
         script, record = folder / name, tmp_path / f"{name}.calls"
-        script.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" "" >>"{record}"\n{then}\n')
+        script.write_text(f"""#!/usr/bin/env bash
+            arguments=$(printf '%s\\037' "$@" | tr '\\n' '\\036')
+            echo "$arguments" >>"{record}"
+            {then}\n""")
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         return record
     return make
@@ -47,7 +50,8 @@ def calls(record):
     """The arguments of every call."""
     if not record.exists():
         return []
-    return [call.split("\n") for call in record.read_text().split("\n\n") if call]
+    lines = record.read_text().removesuffix("\n").split("\n")
+    return [line.removesuffix("\037").replace("\036", "\n").split("\037") for line in lines]
 
 
 def run(*command, **kwargs):
@@ -121,7 +125,7 @@ def test_what_the_user_sets_wins():
 
 # ---- One machine ---------------------------------------------------------------------------------
 
-COUNTED = '[ "$(grep -c "^$" "{record}")" -lt 3 ] && exit 75; exit {last}'
+COUNTED = '[ "$(grep -c "" "{record}")" -lt 3 ] && exit 75; exit {last}'
 
 
 @pytest.mark.parametrize("restart, last, code, starts", [
