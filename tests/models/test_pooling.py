@@ -15,9 +15,9 @@ def plain(x):
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (7, 9), (6, 5), (1, 4), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 8), (7, 6), (2, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("values", [2, 5, 1_000_000], ids="{} values".format)
+@pytest.mark.parametrize("values", [2, 1_000_000], ids="{} values".format)
 def test_it_is_flax_max_pool(shape, dtype, values):
     """Few values are many ties. Sums of whole numbers are exact in any order."""
     generator = np.random.default_rng(0)
