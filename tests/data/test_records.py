@@ -65,8 +65,11 @@ def test_a_file_is_read_to_its_end(tmp_path, monkeypatch, at_most):
     assert read_file(str(path)) == content
 
 
-def test_a_folder_is_no_file(tmp_path):
-    opened = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
-    with pytest.raises(OSError):
+def test_a_file_is_closed_when_reading_fails(tmp_path, monkeypatch):
+    opened, closed = [], []
+    open_file, close_file = os.open, os.close
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(open_file(*args)) or opened[-1])
+    monkeypatch.setattr(os, "close", lambda file: closed.append(file) or close_file(file))
+    with pytest.raises(IsADirectoryError):
         read_file(str(tmp_path))
-    assert opened is None or len(os.listdir("/proc/self/fd")) == opened
+    assert len(opened) == 1 and opened == closed

@@ -125,9 +125,7 @@ def hopper(device, monkeypatch):
     device(platform="gpu", compute_capability="9.0")
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91002)
-    monkeypatch.setattr(attention, "_compile_gradient", lambda length, head_dim, dtype: (
-        jax.eval_shape(jax.grad(lambda x: attention.fused_attend(x, x, x, length).sum()),
-                       jax.ShapeDtypeStruct((1, fused_length(length), 1, head_dim), dtype))))
+    monkeypatch.setattr(attention, "_compile", jax.eval_shape)
 
 
 @pytest.mark.parametrize("attributes", [
@@ -209,6 +207,7 @@ def test_the_fused_kernel_changes_nothing(monkeypatch, length):
 
     monkeypatch.setattr(attention, "choose_implementation", lambda *_, **__: ("cudnn", ""))
     monkeypatch.setattr(attention, "fused_attend", kernel)
+    # Float32 sums of a few dozen numbers near 1, in another order: roundings of 6e-8 each.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6),
                  run(), expected)
     assert lengths == [fused_length(length)] and not lengths[0] % 2
@@ -266,7 +265,7 @@ def test_fused_kernels_against_float32(platform, kernel, length):
 def test_what_only_jax_knows_is_said_in_its_words(hopper, monkeypatch):
     def refuse(*_):
         raise RuntimeError("cuDNN is too old.\nAnd a page more.")
-    monkeypatch.setattr(attention, "_compile_gradient", refuse)
+    monkeypatch.setattr(attention, "_compile", refuse)
     assert choose_implementation("auto", dtype="bfloat16", length=196, head_dim=64) == (
         "xla", "JAX refuses cuDNN's kernel: cuDNN is too old")
 

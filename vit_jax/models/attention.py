@@ -64,17 +64,17 @@ def _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions):
 @functools.cache
 def _cudnn_refusal(dtype: str, length: int, head_dim: int) -> str:
     """What the versions of JAX, XLA and cuDNN at hand say against it; '' if nothing."""
+    heads = jax.ShapeDtypeStruct((1, fused_length(length), 1, head_dim), dtype)
     try:
-        _compile_gradient(length, head_dim, dtype)
+        _compile(jax.grad(lambda x: fused_attend(x, x, x, length).sum()), heads)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error) or type(error).__name__
         return f"JAX refuses cuDNN's kernel: {reason.splitlines()[0].rstrip('.')}"
     return ""
 
 
-def _compile_gradient(length, head_dim, dtype):
-    heads = jax.ShapeDtypeStruct((1, fused_length(length), 1, head_dim), dtype)
-    jax.jit(jax.grad(lambda x: fused_attend(x, x, x, length).sum())).lower(heads).compile()
+def _compile(function, argument):
+    jax.jit(function).lower(argument).compile()
 
 
 def cudnn_lacks(dtype: Any, head_dim: int, dropout_rate: float, relative_positions: bool) -> str:
