@@ -100,6 +100,7 @@ def test_an_empty_split_is_an_error(tiny_config, source):
 
     empty = object.__new__(Empty)
     empty.__dict__.update(source.__dict__)
+    tiny_config.data.worker_kind = "thread"  # no other process can have a class of this function
     with pytest.raises(UserError, match="no image that can be evaluated"):
         evaluate(tiny_config, empty, bad_images=BadImages("skip"))
 

@@ -37,14 +37,15 @@ _MODEL = ("dtype", "mesh.*", "model.*", "data.image_size")
 _TRAINING = (*_MODEL, "seed", "accumulation_steps", "ema_decay", "loss.*", "optimizer.*",
              "schedule.*", "total_steps", "data.mixup", "data.cutmix", "data.random_erasing")
 _KEYS = {"train": _TRAINING, "infer": _MODEL, "checkpoint": _TRAINING, "startup": _TRAINING,
-         "input": (*_TRAINING, "data.workers", "data.train_crop", "data.crop_*",
-                   "data.scaled_decode", "data.flip", "data.randaugment", "data.antialias",
-                   "data.interpolation", "data.max_pixels")}
-# Those with which the work stays the same: other libraries follow them, but for the last two of a
-# model, which they choose for themselves.
+         "input": (*_TRAINING, "data.workers", "data.worker_kind", "data.train_crop",
+                   "data.crop_*", "data.scaled_decode", "data.flip", "data.randaugment",
+                   "data.antialias", "data.interpolation", "data.max_pixels")}
+# Those with which the work stays the same: other libraries follow them, but for the attention, the
+# activation and the kind of workers, which they choose for themselves.
 _SHARED_KEYS = dict.fromkeys(("train", "infer"), ("dtype", "data.image_size",
                              "model.attention_implementation", "model.activation")) | {
-    "input": ("data.image_size", "data.workers", "data.crop_area", "data.crop_aspect")}
+    "input": ("data.image_size", "data.workers", "data.worker_kind", "data.crop_area",
+              "data.crop_aspect")}
 _LARGEST_BATCH = 65_536
 
 

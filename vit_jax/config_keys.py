@@ -117,8 +117,11 @@ FIELDS: dict[str, Field] = {
     "data.eval_split": Field(None, str, "None: the source's own", optional=True),
     "data.image_size": Field(224, int, "pixels per side of the model's input, or (height, width)",
                              minimum=1, item=int, length=2),
-    "data.workers": Field(None, int, "threads that decode ahead; 0: none; None: one per core",
+    "data.workers": Field(None, int, "how many decode ahead; 0: none; None: one per core",
                           optional=True, minimum=0),
+    "data.worker_kind": Field("auto", str, "'thread', 'process' or 'auto': processes for files, "
+                              "threads for pixels in memory; see docs/data.md",
+                              choices=("auto", "thread", "process")),
     "data.train_crop": Field("inception", str, "'inception' (random area and aspect), 'pad' (pad "
                              "and crop, for small images) or 'none' (squash)",
                              choices=("inception", "pad", "none")),
@@ -210,7 +213,8 @@ FIELDS: dict[str, Field] = {
 # What a run may be resumed with although its workdir was started otherwise: nothing here changes
 # the stream of batches or the updates, save for rounding (and total_steps, which is announced).
 RESUMABLE = (
-    "data.workers", "data.dir", "mesh.data", "mesh.fsdp", "mesh.tensor", "parallelism",
+    "data.workers", "data.worker_kind", "data.dir", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "parallelism",
     "log_every", "eval_every", "checkpoint_every", "eval_batch_size", "total_steps", "epochs",
     "profile_steps", "probes.every", "probes.names", "probes.shots", "probes.source",
 )  # fmt: skip

@@ -1,44 +1,29 @@
 """From a source to batches: every batch is a pure function of the seed and the step.
 
 The order is a global shuffle of each epoch and the augmentation of a record depends only on the
-seed and its position in the stream, so a run can continue at any step, with any number of threads,
-without having stored anything. Threads decode ahead of the training step; OpenCV, simplejpeg and
-Pillow release the interpreter while they work.
+seed and its position in the stream, so a run can continue at any step, with any number of workers,
+without having stored anything. Workers decode ahead of the training step, see
+`vit_jax.data.assembly`.
 """
 
-import collections
-import concurrent.futures
+import functools
 import itertools
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import cv2
 import grain.python as grain
 import ml_collections
 import numpy as np
 
-from vit_jax.data import augment
+from vit_jax.data import augment, workers
+from vit_jax.data.assembly import Batch, Example, Maker, Threads, assemble
 from vit_jax.data.decode import BadImageError, decode_image, open_image
 from vit_jax.data.randaugment import randaugment
-from vit_jax.data.sources import Record, Source
+from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
-
-_BATCHES_AHEAD = 2
-_CHUNKS_PER_WORKER = 4  # so that one slow image does not leave the other threads idle
-
-
-class Example(NamedTuple):
-    """One row of a batch; see `vit_jax.training.step` for the batch."""
-
-    image: np.ndarray  # uint8 [H, W, 3]
-    label: int
-    valid: bool = True
-    flip: bool = False
 
 
 class BadImages:
@@ -54,7 +39,7 @@ class BadImages:
         """Different images that were skipped."""
         return len(self._origins)
 
-    def report(self, origin: str, reason: Exception) -> None:
+    def report(self, origin: str, reason: str) -> None:
         """Raises UserError, or counts and says it once an image."""
         if self.policy == "error":
             raise UserError(
@@ -91,8 +76,17 @@ def train_batches(
       image uint8 [rows, H, W, 3], label int32 [rows], mask bool [rows], flip bool [rows]: images
       that are still to be mirrored, none with RandAugment, which comes after the flip.
     """
-    view = train_view(size, config.data)
-    flips, operations = config.data.flip, config.data.randaugment
+    share = np.arange(config.batch_size) if rows is None else np.asarray(rows)
+    positions = ((step * config.batch_size + share).tolist()
+                 for step in itertools.count(first_step))
+    make = functools.partial(_train_examples, source, config.data, size, config.seed)
+    return _batches(make, positions, source, size, config.data, bad_images)
+
+
+def _train_examples(source, settings, size, seed) -> Callable[[int], Example]:
+    """What makes the example at a position of the stream."""
+    view = train_view(size, settings)
+    flips, operations = settings.flip, settings.randaugment
 
     def example(index, rng):
         flip = flips and bool(rng.random() < 0.5)
@@ -100,8 +94,7 @@ def train_batches(
         try:
             image = view(record.image, rng)
         except BadImageError as error:
-            bad_images.report(record.origin, error)
-            return Example(np.zeros((*size, 3), np.uint8), record.label, valid=False)
+            return _bad(record, error, size)
         if operations:
             # The flip cannot wait for the device: Google's shears are not symmetric under it.
             if flip:
@@ -111,14 +104,7 @@ def train_batches(
         return Example(image, record.label, flip=flip)
 
     # An independent generator for every position in the stream of records, without state.
-    examples = record_order(len(source), config.seed).random_map(example)
-    share = np.arange(config.batch_size) if rows is None else np.asarray(rows)
-
-    def positions():
-        for step in itertools.count(first_step):
-            yield (step * config.batch_size + share).tolist()
-
-    yield from _parallel_batches(examples.__getitem__, positions(), size, config.data.workers)
+    return record_order(len(source), seed).random_map(example).__getitem__
 
 
 def record_order(records: int, seed: int) -> grain.MapDataset:
@@ -143,20 +129,47 @@ def eval_batches(
 
     `rows` as in `train_batches`.
     """
-    blank = np.zeros((*size, 3), np.uint8)
-
-    def example(index):
-        if index >= len(source):
-            return Example(blank, 0, valid=False)
-        record = source[index]
-        image = _decode(record, config.data, bad_images)
-        if image is None:
-            return Example(blank, record.label, valid=False)
-        return Example(eval_crop(image, size, config.data), record.label)
-
     share = np.arange(batch_size) if rows is None else np.asarray(rows)
     positions = ((start + share).tolist() for start in range(0, len(source), batch_size))
-    yield from _parallel_batches(example, positions, size, config.data.workers)
+    make = functools.partial(_eval_examples, source, config.data, size)
+    return _batches(make, positions, source, size, config.data, bad_images)
+
+
+def _eval_examples(source, settings, size) -> Callable[[int], Example]:
+    """What makes the example of a record; of those behind the last, padding."""
+    def example(index):
+        if index >= len(source):
+            return Example(np.zeros((*size, 3), np.uint8), 0, valid=False)
+        record = source[index]
+        try:
+            image = decode_image(record.image, max_pixels=settings.max_pixels)
+        except BadImageError as error:
+            return _bad(record, error, size)
+        return Example(eval_crop(image, size, settings), record.label)
+
+    return example
+
+
+def _bad(record, error, size):
+    return Example(np.zeros((*size, 3), np.uint8), record.label, valid=False,
+                   problem=(record.origin, str(error)))
+
+
+def _batches(make: Maker, positions, source, size, settings, bad_images) -> Iterator[Batch]:
+    """The batches of a stream, by the crew that the config's section `data` asks for."""
+    count = available_cores() if settings.workers is None else settings.workers
+    crew = workers.Processes(make, count) if _by_processes(
+        settings.worker_kind, count, source) else Threads(make)
+    yield from assemble(crew, positions, size, count, bad_images.report)
+
+
+def _by_processes(kind, count, source) -> bool:
+    if kind == "process" and not workers.AVAILABLE:
+        raise UserError("config.data.worker_kind='process' needs Linux; set it to 'thread'.")
+    if kind == "auto":  # one worker has nobody to wait for, and pixels in memory take no time
+        return (workers.AVAILABLE and count > 1 and len(source) > 0
+                and isinstance(source[0].image, bytes))
+    return kind == "process" and count > 0
 
 
 def train_view(
@@ -190,73 +203,6 @@ def eval_crop(image, size, data: ml_collections.ConfigDict) -> np.ndarray:
 
 def _resizing(data):
     return {"antialias": data.antialias, "interpolation": data.interpolation}
-
-
-def _decode(record: Record, data, bad_images) -> np.ndarray | None:
-    try:
-        return decode_image(record.image, max_pixels=data.max_pixels)
-    except BadImageError as error:
-        bad_images.report(record.origin, error)
-        return None
-
-
-def _parallel_batches(
-    example: Callable[[int], Example],
-    positions: Iterator[Sequence[int]],
-    size: tuple[int, int],
-    workers: int | None,
-) -> Iterator[Batch]:
-    """Assembles a batch for every list of positions, `_BATCHES_AHEAD` ahead of the consumer."""
-    workers = available_cores() if workers is None else workers
-
-    def empty(rows):
-        return {
-            "image": np.empty((rows, *size, 3), np.uint8),
-            "label": np.empty(rows, np.int32),
-            "mask": np.empty(rows, bool),
-            "flip": np.empty(rows, bool),
-        }
-
-    def fill(batch, wanted, rows):
-        for row in rows:
-            image, label, valid, flip = example(wanted[row])
-            batch["image"][row] = image
-            batch["label"][row] = label
-            batch["mask"][row] = valid
-            batch["flip"][row] = flip
-
-    if not workers:
-        for wanted in positions:
-            batch = empty(len(wanted))
-            fill(batch, wanted, range(len(wanted)))
-            yield batch
-        return
-
-    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="decode")
-
-    def start(wanted):
-        batch = empty(len(wanted))
-        rows = range(len(wanted))
-        chunk = max(1, len(rows) // (workers * _CHUNKS_PER_WORKER))
-        chunks = [rows[i : i + chunk] for i in range(0, len(rows), chunk)]
-        return batch, [pool.submit(fill, batch, wanted, chunk) for chunk in chunks]
-
-    queue = collections.deque()
-    try:
-        for wanted in positions:
-            queue.append(start(wanted))
-            if len(queue) > _BATCHES_AHEAD:
-                yield _finish(*queue.popleft())
-        while queue:
-            yield _finish(*queue.popleft())
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _finish(batch, futures):
-    for future in futures:
-        future.result()  # raises what the thread raised
-    return batch
 
 
 def available_cores() -> int:

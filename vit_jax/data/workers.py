@@ -1,0 +1,239 @@
+"""Processes that fill rows of batches, for data whose decoding the threads of one process would
+wait for each other with: only one of them runs Python at a time.
+
+This process cannot fork, since JAX has threads in it. It starts one helper, which imports what
+decoding needs once and forks workers from then on. A worker talks to one thread here over a socket
+and writes into memory that both see. Workers and helper end when their socket does, so none of them
+outlives this process, however that ends; until then they ignore SIGINT and SIGTERM, which a
+terminal or scheduler sends to all processes and which are this one's to answer.
+"""
+
+import atexit
+import contextlib
+import functools
+import mmap
+import os
+import queue
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import weakref
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
+
+import numpy as np
+
+from vit_jax.data import assembly
+from vit_jax.errors import UserError
+
+AVAILABLE = hasattr(os, "memfd_create")  # Linux
+
+_HELPER = ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+           "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+           "from vit_jax.data import workers; workers.help({})")
+_WITHOUT = "--config.data.worker_kind=thread does without."
+
+
+class Processes:
+    """A crew of processes; see `assembly.Crew`."""
+
+    def __init__(self, make: assembly.Maker, count: int):
+        """`make` is pickled, and called in every process."""
+        self._helper = _helper()
+        self._connections = self._helper.fork(make, count)
+        self._idle = queue.SimpleQueue()
+        for connection in self._connections:
+            self._idle.put((connection, set()))
+        self._free = []  # memory that no batch is in
+        self._numbers = iter(range(sys.maxsize))
+
+    def memory(self, size: int) -> assembly.Memory:
+        slot = next((slot for slot in self._free if len(slot.map) == size), None)
+        if slot:
+            self._free.remove(slot)
+        else:
+            slot = _Slot(next(self._numbers), size)
+        # Views refer to this array and not to what it is made of, so it lives as long as they do.
+        array = np.frombuffer(slot.map, np.uint8)
+        weakref.finalize(array, self._free.append, slot).atexit = False
+        return assembly.Memory(array, slot)
+
+    def fill(self, memory: assembly.Memory, task: assembly.Task) -> list[tuple[str, str]]:
+        connection, known = worker = self._idle.get()
+        slot = memory.slot
+        try:
+            connection.send((slot.number, None if slot.number in known else len(slot.map), task))
+            if slot.number not in known:
+                send_handle(connection, slot.file, None)  # by which it finds the memory
+                known.add(slot.number)
+            problems, mistake, trace = connection.recv()
+        except (EOFError, OSError) as error:
+            self._helper.check()
+            raise UserError(
+                "a process that decodes images has ended; most likely the system ended it for want "
+                f"of memory. Take fewer (--config.data.workers) or smaller batches; {_WITHOUT}"
+            ) from error
+        finally:
+            self._idle.put(worker)
+        if mistake:
+            raise UserError(mistake)
+        if trace:
+            raise RuntimeError(f"in a process that decodes images:\n{trace}")
+        return problems
+
+    def close(self) -> None:
+        for connection in self._connections:
+            _hang_up(connection)
+
+
+class _Slot:
+    """Memory that other processes can see, without a name, which nobody would remove after a
+    crash."""
+
+    def __init__(self, number: int, size: int):
+        self.number = number
+        self.file = os.memfd_create("vit_jax batch")
+        os.ftruncate(self.file, size)
+        self.map = mmap.mmap(self.file, size)
+
+    def __del__(self):
+        os.close(self.file)
+
+
+class _Helper:
+    """The process that forks workers."""
+
+    def __init__(self):
+        ours, theirs = socket.socketpair()
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(sys.path),  # so that it finds this package
+            "OPENBLAS_NUM_THREADS": "1",  # it may fork only as long as it has no threads
+            "JAX_PLATFORMS": "cpu",
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _HELPER.format(theirs.fileno())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        self._connection = Connection(ours.detach())
+        self._lock = threading.Lock()
+
+    def fork(self, make, count):
+        """Connections to so many new workers."""
+        pickled = ForkingPickler.dumps(make)
+        pairs = [socket.socketpair() for _ in range(count)]
+        with self._lock:
+            try:
+                self._connection.send((count, sys.path))
+                for _, theirs in pairs:
+                    send_handle(self._connection, theirs.fileno(), None)
+                self._connection.send_bytes(pickled)
+            except OSError:
+                self.check()
+                raise
+        for _, theirs in pairs:
+            theirs.close()
+        return [Connection(ours.detach()) for ours, _ in pairs]
+
+    def check(self):
+        """Raises UserError if it has ended, also in this moment."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(timeout=1)
+            raise UserError("the process that starts others to decode images has ended, with exit "
+                            f"code {code}; {_WITHOUT}")
+
+    @property
+    def alive(self):
+        return self._process.poll() is None
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+
+
+_lock = threading.Lock()
+_current: _Helper | None = None
+
+
+def _helper() -> _Helper:
+    global _current
+    with _lock:
+        if not _current or not _current.alive:
+            _current = _Helper()
+            atexit.register(_current.close)
+        return _current
+
+
+def _hang_up(connection):
+    """Ends a connection on both sides, also where a thread waits for it."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
+
+
+# --- In the helper and its workers -----------------------------------------------------------
+
+
+def help(socket_number: int) -> None:
+    """Forks workers for as long as there is somebody to work for."""
+    import vit_jax.data.pipeline  # noqa: F401 - once, for all
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # data sets may be in many files
+    requests = Connection(socket_number)
+    while True:
+        try:
+            count, sys.path[:] = requests.recv()
+        except (EOFError, OSError):
+            return
+        sockets = [recv_handle(requests) for _ in range(count)]
+        try:
+            make = requests.recv()
+        except Exception:
+            make = functools.partial(_fail, traceback.format_exc())
+        for number in sockets:
+            if not os.fork():
+                requests.close()
+                for other in sockets:
+                    if other != number:
+                        os.close(other)
+                try:
+                    _work(Connection(number), make)
+                finally:
+                    os._exit(0)
+        for number in sockets:
+            os.close(number)
+        del make
+
+
+def _fail(trace):
+    raise RuntimeError(trace)
+
+
+def _work(connection, make):
+    """Fills rows until the connection ends."""
+    example, memory = None, {}
+    while True:
+        problems, mistake, trace = [], None, None
+        try:
+            number, size, task = connection.recv()
+            if size:
+                file = recv_handle(connection)
+                memory[number] = np.frombuffer(mmap.mmap(file, size), np.uint8)
+                os.close(file)
+        except (EOFError, OSError):
+            return
+        try:
+            example = example or make()
+            problems = assembly.fill(memory[number], task, example)
+        except UserError as error:
+            mistake = str(error)
+        except Exception:
+            trace = traceback.format_exc()
+        try:
+            connection.send((problems, mistake, trace))
+        except OSError:
+            return
