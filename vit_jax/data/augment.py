@@ -116,7 +116,9 @@ def pad_crop(
     image = resize(image, size, antialias=antialias, interpolation=interpolation)
     height, width = size
     top, left = (int(start) for start in rng.integers(2 * padding + 1, size=2))
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    # np.pad takes 20 us for a small image, this 1.
+    padded = np.zeros((height + 2 * padding, width + 2 * padding, 3), np.uint8)
+    padded[padding:padding + height, padding:padding + width] = image
     return np.ascontiguousarray(padded[top:top + height, left:left + width])
 
 

@@ -1,0 +1,77 @@
+"""Records are read as array_record's own data source reads them."""
+
+import concurrent.futures
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from vit_jax.data.array_record import Records
+from vit_jax.errors import UserError
+
+pytestmark = pytest.mark.core
+LENGTHS = (5, 1, 40)
+
+
+@pytest.fixture(params=["group_size:1", "group_size:1,uncompressed", "group_size:7"])
+def paths(request, tmp_path):
+    """Files of records of 0 to 3000 bytes."""
+    generator = np.random.default_rng(0)
+    found = []
+    for number, length in enumerate(LENGTHS):
+        found.append(str(tmp_path / f"{number}.array_record"))
+        writer = ArrayRecordWriter(found[-1], request.param)
+        for _ in range(length):
+            writer.write(generator.bytes(generator.integers(3000)))
+        writer.close()
+    return found
+
+
+def test_all_and_ranges(paths):
+    records = Records([(path, 0, length) for path, length in zip(paths, LENGTHS, strict=True)])
+    expected = list(ArrayRecordDataSource(paths))
+    assert len(records) == len(expected) == sum(LENGTHS)
+    assert [records.read(i, i + 1) for i in range(len(records))] == [[one] for one in expected]
+    for start, stop in [(0, 46), (3, 7), (4, 5), (5, 6), (6, 46), (5, 7), (9, 9), (46, 46)]:
+        assert records.read(start, stop) == expected[start:stop]
+
+
+def test_parts_of_files(paths):
+    """Of one file several, in any order, as slices of a split are."""
+    whole = list(ArrayRecordDataSource(paths[2]))
+    records = Records([(paths[2], 30, 10), (paths[0], 1, 0), (paths[2], 0, 3), (paths[2], 39, 1)])
+    expected = whole[30:] + whole[:3] + whole[39:]
+    assert len(records) == 14
+    assert records.read(0, 14) == [records.read(i, i + 1)[0] for i in range(14)] == expected
+
+
+def test_threads_and_pickles(paths):
+    records = Records([(path, 0, length) for path, length in zip(paths, LENGTHS, strict=True)])
+    order = np.random.default_rng(1).integers(len(records), size=500).tolist()
+    alone = [records.read(i, i + 1) for i in order]
+    copy = pickle.loads(pickle.dumps(records))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: copy.read(i, i + 1), order)) == alone
+
+
+def test_files_that_cannot_be_read(paths, tmp_path):
+    def refusal(path, count, index):
+        with pytest.raises(UserError) as error:
+            Records([(str(path), 0, count)]).read(index, index + 1)
+        return str(error.value)
+
+    content = Path(paths[2]).read_bytes()
+    (tmp_path / "cut").write_bytes(content[:-100])
+    (tmp_path / "damaged").write_bytes(content[:20_000] + b"damage" + content[20_006:])
+    assert refusal(paths[0], 6, 5).endswith(
+        "0.array_record cannot be read (it holds only 5 records); copy or prepare the data set "
+        "again.")
+    for path in (tmp_path / "none", tmp_path / "cut"):
+        assert "cannot be read (it is no whole ArrayRecord file); copy" in refusal(path, 40, 0)
+    records = Records([(str(tmp_path / "damaged"), 0, 40)])
+    assert records.read(0, 1) == Records([(paths[2], 0, 40)]).read(0, 1)
+    with pytest.raises(UserError, match="damaged cannot be read .*; copy or prepare"):
+        records.read(0, 40)
