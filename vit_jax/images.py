@@ -22,7 +22,7 @@ class Unreadable(BadImages):
         super().__init__("skip")
         self.not_found = 0  # of those that were asked for
 
-    def report(self, origin: str, reason: Exception) -> None:
+    def report(self, origin: str, reason: str | Exception) -> None:
         if isinstance(reason, OSError):
             reason = reason.strerror or reason
         with self._lock:

@@ -69,8 +69,10 @@ def test_files_that_cannot_be_read(paths, tmp_path):
     assert refusal(paths[0], 6, 5).endswith(
         "0.array_record cannot be read (it holds only 5 records); copy or prepare the data set "
         "again.")
-    for path in (tmp_path / "none", tmp_path / "cut"):
-        assert "cannot be read (it is no whole ArrayRecord file); copy" in refusal(path, 40, 0)
+    assert "none cannot be read (No such file or directory); copy" in refusal(
+        tmp_path / "none", 40, 0)
+    assert "cut cannot be read (it is no whole ArrayRecord file); copy" in refusal(
+        tmp_path / "cut", 40, 0)
     records = Records([(str(tmp_path / "damaged"), 0, 40)])
     assert records.read(0, 1) == Records([(paths[2], 0, 40)]).read(0, 1)
     with pytest.raises(UserError, match="damaged cannot be read .*; copy or prepare"):

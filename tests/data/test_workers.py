@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -50,6 +51,14 @@ class Lethal(Numbered):
         return super().__getitem__(index)
 
 
+class Slow(Numbered):
+    """A record takes 10 ms."""
+
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+
 class Photos:
     """Encoded files."""
 
@@ -72,6 +81,16 @@ def config(tiny_config):
 
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def batch_files():
+    """The open files of this process that are batches."""
+    gc.collect()
+    found = 0
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += "vit_jax batch" in os.readlink(entry.path)
+    return found
 
 
 def helper():
@@ -144,11 +163,11 @@ def test_memory_comes_back_when_nobody_refers_to_it(config, through):
     stream = train_batches(source, validate(config), SIZE, BadImages("error"))
     held = [through(next(stream)) for _ in range(8)]
     assert_same([jax.device_get(batch) for batch in held], expected[:8])
-    files = len(os.listdir("/proc/self/fd"))
+    files = batch_files()
     del held
     gc.collect()
     assert_same([next(stream) for _ in range(4)], expected[8:])
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert batch_files() <= files
     stream.close()
 
 
@@ -198,6 +217,67 @@ def test_signals_to_all_processes_are_left_to_the_first(config):
     for _ in range(10):
         next(stream)
     stream.close()
+    assert workers._current.alive
+
+
+def test_a_source_that_cannot_be_given_away(config):
+    class Local(Numbered):
+        pass
+
+    with pytest.raises(UserError, match="cannot be given.*Can't pickle.*worker_kind=thread"):
+        take(validate(config), Local(10), 1)
+
+
+def test_a_source_that_only_this_process_has(config):
+    """As one of a notebook."""
+    module = sys.modules[__name__]
+    module.Here = type("Here", (Numbered,), {"__module__": __name__})
+    try:
+        with pytest.raises(UserError, match="cannot be given.*no attribute 'Here'|'Here'"):
+            take(validate(config), module.Here(10), 1)
+    finally:
+        del module.Here
+
+
+def test_a_helper_that_was_interrupted_is_replaced(config, monkeypatch):
+    take(validate(config), Numbered(10), 1)
+    pid = helper()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "send_handle", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            take(validate(config), Numbered(10), 1)
+    assert take(validate(config), Numbered(10), 1)
+    assert helper() != pid
+
+
+def test_a_stream_that_is_closed_while_it_works_ends_at_once(config):
+    stream = train_batches(Slow(1000), validate(config), SIZE, BadImages("error"))
+    next(stream)
+    threads = [t for t in threading.enumerate() if t.name.startswith("decode")]
+    begin = time.monotonic()
+    stream.close()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert time.monotonic() - begin < 0.9  # not the second that an ended process is waited for
+
+
+def test_a_script_that_leaves_everything_open(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from test_pipeline import *\n"
+        "from tiny import make_tiny_config\n"
+        "config = make_tiny_config()\n"
+        "config.data.workers, config.data.worker_kind = 2, 'process'\n"
+        "stream = train_batches(Numbered(50), config, SIZE, BadImages('error'))\n"
+        "batch = next(stream)\n")
+    result = subprocess.run(
+        [sys.executable, script], stderr=subprocess.PIPE, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_processes_end_with_the_stream(config):

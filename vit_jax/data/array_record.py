@@ -49,16 +49,22 @@ class Records:
         return records
 
     def _read(self, path, start, stop):
-        reader = self._readers.get(path)
-        if reader is None:  # of two threads that come here at once, one opens it in vain
-            reader = self._readers[path] = ArrayRecordReader(
-                path, options=_OPTIONS, file_reader_buffer_size=_BUFFER)
         try:
+            reader = self._reader(path)
             if stop > reader.num_records():
-                raise RuntimeError(f"it holds only {reader.num_records()} records" if reader.ok()
-                                   else "it is no whole ArrayRecord file")
+                raise RuntimeError(f"it holds only {reader.num_records()} records")
             return reader.read(start, stop)
-        except RuntimeError as error:
-            reason = str(error).partition(";")[0]
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
             raise UserError(f"{path} cannot be read ({reason}); copy or prepare the data set again."
                             ) from error
+
+    def _reader(self, path):
+        reader = self._readers.get(path)
+        if reader is None:  # of two threads that come here at once, one opens it in vain
+            reader = ArrayRecordReader(path, options=_OPTIONS, file_reader_buffer_size=_BUFFER)
+            if not reader.ok():
+                open(path, "rb").close()  # which tells what is wrong if it is not the content
+                raise RuntimeError("it is no whole ArrayRecord file")
+            self._readers[path] = reader
+        return reader

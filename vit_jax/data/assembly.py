@@ -9,6 +9,7 @@ make is the same.
 import collections
 import concurrent.futures
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ Batch = dict[str, np.ndarray]
 
 _BATCHES_AHEAD = 2
 _CHUNKS_PER_WORKER = 2  # so that one slow image does not leave the other workers idle
-_ALIGNMENT = 64  # bytes, with which JAX need not copy a batch to use it on a CPU
+_ALIGNMENT = 64  # bytes, with which JAX on a CPU can use an array where it lies
 
 
 class Example(NamedTuple):
@@ -128,8 +129,9 @@ def assemble(
         while queue:
             yield _finish(*queue.popleft())
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        crew.close()
+        if not sys.is_finalizing():  # when threads have ended and modules are taken apart
+            pool.shutdown(wait=False, cancel_futures=True)
+            crew.close()
 
 
 def _finish(batch, futures):

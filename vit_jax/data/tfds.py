@@ -112,6 +112,10 @@ class TfdsSplit:
         self.class_names = class_names
         self._records = records
 
+    def __setstate__(self, state):
+        import_tfds()  # once for processes that share what is unpickled, not in each of them
+        self.__dict__.update(state)
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -34,7 +34,7 @@ AVAILABLE = hasattr(os, "memfd_create")  # Linux
 
 _HELPER = ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
            "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-           "from vit_jax.data import workers; workers.help({})")
+           "from vit_jax.data import workers; workers.serve({})")
 _WITHOUT = "--config.data.worker_kind=thread does without."
 
 
@@ -48,6 +48,7 @@ class Processes:
         self._idle = queue.SimpleQueue()
         for connection in self._connections:
             self._idle.put((connection, set()))
+        self._closed = False
         self._free = []  # memory that no batch is in
         self._numbers = iter(range(sys.maxsize))
 
@@ -71,7 +72,9 @@ class Processes:
                 send_handle(connection, slot.file, None)  # by which it finds the memory
                 known.add(slot.number)
             problems, mistake, trace = connection.recv()
-        except (EOFError, OSError) as error:
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            if self._closed:
+                raise
             self._helper.check()
             raise UserError(
                 "a process that decodes images has ended; most likely the system ended it for want "
@@ -86,8 +89,12 @@ class Processes:
         return problems
 
     def close(self) -> None:
+        self._closed = True
         for connection in self._connections:
-            _hang_up(connection)
+            # Not `close`: a thread may be waiting for what comes, which then is the end.
+            end = socket.socket(fileno=connection.fileno())
+            end.shutdown(socket.SHUT_RDWR)
+            end.detach()
 
 
 class _Slot:
@@ -97,11 +104,9 @@ class _Slot:
     def __init__(self, number: int, size: int):
         self.number = number
         self.file = os.memfd_create("vit_jax batch")
+        weakref.finalize(self, os.close, self.file).atexit = False
         os.ftruncate(self.file, size)
         self.map = mmap.mmap(self.file, size)
-
-    def __del__(self):
-        os.close(self.file)
 
 
 class _Helper:
@@ -116,27 +121,35 @@ class _Helper:
         }
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _HELPER.format(theirs.fileno())],
+                [sys.executable, "-P", "-c", _HELPER.format(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         self._connection = Connection(ours.detach())
         self._lock = threading.Lock()
 
     def fork(self, make, count):
-        """Connections to so many new workers."""
-        pickled = ForkingPickler.dumps(make)
-        pairs = [socket.socketpair() for _ in range(count)]
-        with self._lock:
-            try:
+        """Connections to so many new workers; UserError where `make` cannot be pickled."""
+        try:
+            pickled = ForkingPickler.dumps(make)
+        except Exception as error:
+            raise _not_shared(error) from error
+        ours, theirs = zip(*(socket.socketpair() for _ in range(count)), strict=True)
+        try:
+            with self._lock:
                 self._connection.send((count, sys.path))
-                for _, theirs in pairs:
-                    send_handle(self._connection, theirs.fileno(), None)
+                for end in theirs:
+                    send_handle(self._connection, end.fileno(), None)
                 self._connection.send_bytes(pickled)
-            except OSError:
+        except BaseException as error:
+            for end in ours:
+                end.close()
+            if isinstance(error, OSError):
                 self.check()
-                raise
-        for _, theirs in pairs:
-            theirs.close()
-        return [Connection(ours.detach()) for ours, _ in pairs]
+            self.close()  # it would take what comes next for the rest of this
+            raise
+        finally:
+            for end in theirs:
+                end.close()
+        return [Connection(end.detach()) for end in ours]
 
     def check(self):
         """Raises UserError if it has ended, also in this moment."""
@@ -167,16 +180,15 @@ def _helper() -> _Helper:
         return _current
 
 
-def _hang_up(connection):
-    """Ends a connection on both sides, also where a thread waits for it."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as end:
-        end.shutdown(socket.SHUT_RDWR)
+def _not_shared(error):
+    return UserError(f"the data source cannot be given to other processes ({error}); let its class "
+                     f"be one of a module that they can import. {_WITHOUT}")
 
 
 # --- In the helper and its workers -----------------------------------------------------------
 
 
-def help(socket_number: int) -> None:
+def serve(socket_number: int) -> None:
     """Forks workers for as long as there is somebody to work for."""
     import vit_jax.data.pipeline  # noqa: F401 - once, for all
 
@@ -187,13 +199,14 @@ def help(socket_number: int) -> None:
     while True:
         try:
             count, sys.path[:] = requests.recv()
+            sockets = [recv_handle(requests) for _ in range(count)]
+            pickled = requests.recv_bytes()
         except (EOFError, OSError):
             return
-        sockets = [recv_handle(requests) for _ in range(count)]
         try:
-            make = requests.recv()
-        except Exception:
-            make = functools.partial(_fail, traceback.format_exc())
+            make = ForkingPickler.loads(pickled)
+        except Exception as error:
+            make = functools.partial(_fail, _not_shared(error))
         for number in sockets:
             if not os.fork():
                 requests.close()
@@ -202,15 +215,17 @@ def help(socket_number: int) -> None:
                         os.close(other)
                 try:
                     _work(Connection(number), make)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(0)
         for number in sockets:
             os.close(number)
-        del make
+        del make, pickled
 
 
-def _fail(trace):
-    raise RuntimeError(trace)
+def _fail(error):
+    raise error
 
 
 def _work(connection, make):
@@ -220,14 +235,15 @@ def _work(connection, make):
         problems, mistake, trace = [], None, None
         try:
             number, size, task = connection.recv()
-            if size:
-                file = recv_handle(connection)
-                memory[number] = np.frombuffer(mmap.mmap(file, size), np.uint8)
-                os.close(file)
-        except (EOFError, OSError):
+            file = recv_handle(connection) if size else None
+        except (EOFError, ConnectionResetError):
             return
+        if size:
+            memory[number] = np.frombuffer(mmap.mmap(file, size), np.uint8)
+            os.close(file)
         try:
-            example = example or make()
+            if example is None:
+                example = make()
             problems = assembly.fill(memory[number], task, example)
         except UserError as error:
             mistake = str(error)
@@ -235,5 +251,5 @@ def _work(connection, make):
             trace = traceback.format_exc()
         try:
             connection.send((problems, mistake, trace))
-        except OSError:
+        except BrokenPipeError:
             return
