@@ -90,7 +90,7 @@ def batches_of(
     config.data.eval_resize = preprocessing["resize"]
     config.data.antialias = preprocessing["antialias"]
     config.data.interpolation = preprocessing["interpolation"]
-    config.data.worker_kind = "thread"  # they see what `unreadable` is told, and start at once
+    config.data.worker_kind = "thread"  # `_Files` tells `unreadable`, which is in this process
     size = tuple(preprocessing["image_size"])
     batch_size = max(1, min(batch_size, len(paths)))
     source = _Files(paths, unreadable)

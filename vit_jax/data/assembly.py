@@ -2,7 +2,7 @@
 consumer.
 
 Threads start at once and share what they have read, but only one of them runs Python at a time.
-Processes (`vit_jax.data.workers`) take a few seconds to start and memory for themselves; what they
+Processes (`vit_jax.data.workers`) take two seconds to start and memory for themselves; what they
 make is the same.
 """
 
@@ -117,7 +117,7 @@ def assemble(
                 futures.append(pool.submit(run, memory, task))
             else:
                 run(memory, task)
-        return views(memory.array, len(rows), size), futures
+        return _views(memory.array, len(rows), size), futures
 
     ahead = _BATCHES_AHEAD if workers else 0
     queue = collections.deque()
@@ -145,7 +145,7 @@ def fill(
 ) -> list[tuple[str, str]]:
     """Writes a task's rows into its batch's memory, uint8 [bytes]; returns the examples'
     problems."""
-    batch = views(memory, task.batch_rows, task.size)
+    batch = _views(memory, task.batch_rows, task.size)
     problems = []
     for row, position in zip(task.rows, task.positions, strict=True):
         made = example(position)
@@ -158,7 +158,7 @@ def fill(
     return problems
 
 
-def views(memory: np.ndarray, rows: int, size: tuple[int, int]) -> Batch:
+def _views(memory, rows, size) -> Batch:
     """A batch's arrays in memory, uint8 [bytes]: image uint8 [rows, H, W, 3], label int32 [rows],
     mask bool [rows], flip bool [rows]."""
     return {

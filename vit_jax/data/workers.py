@@ -11,6 +11,7 @@ terminal or scheduler sends to all processes and which are this one's to answer.
 import atexit
 import contextlib
 import functools
+import itertools
 import mmap
 import os
 import queue
@@ -50,7 +51,7 @@ class Processes:
             self._idle.put((connection, set()))
         self._closed = False
         self._free = []  # memory that no batch is in
-        self._numbers = iter(range(sys.maxsize))
+        self._numbers = itertools.count()
 
     def memory(self, size: int) -> assembly.Memory:
         slot = next((slot for slot in self._free if len(slot.map) == size), None)
