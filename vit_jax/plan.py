@@ -18,7 +18,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.attention import cudnn_lacks
 from vit_jax.models.summary import Summary, summarize
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training.memory import Memory, Planner, compiled_bytes, resolve_mesh
+from vit_jax.training.memory import Memory, Planner, compile_step, executable_bytes, resolve_mesh
 from vit_jax.training.partition import batch_shards
 
 # Of a device's memory, what may be planned: JAX is given 90 % of it (launch/env/gpu.sh), and
@@ -348,7 +348,7 @@ def check(config: ml_collections.ConfigDict, classes: int, devices: int) -> str:
         config.model.scan_layers = True
         config.model.attention_implementation = "xla"
     planned = planner.memory(config, resolve_mesh(config, devices)).total
-    found = compiled_bytes(config, classes, jax.devices("cpu")[:devices])
+    found = executable_bytes(compile_step(config, classes, jax.devices("cpu")[:devices]))
     return (f"Check in float32 with scan_layers, compiled for {devices} simulated CPU devices: "
             f"the compiler takes {found / _GIB:.3f} GiB of each, the plan says "
             f"{planned / _GIB:.3f} GiB ({planned / found - 1:+.1%}).")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxprs import equations
+from jaxprs import equations, named
 from tiny_models import abstract_params, apply, pixels, random_params, tiny
 
 from vit_jax.models import attention
@@ -26,6 +26,7 @@ from vit_jax.models.attention import (
     choose_implementation,
     fused_attend,
     fused_length,
+    product_apart,
 )
 
 pytestmark = pytest.mark.core
@@ -213,15 +214,33 @@ def test_the_fused_kernel_changes_nothing(monkeypatch, length):
     assert lengths == [fused_length(length)] and not lengths[0] % 2
 
 
-def test_projections_begin_as_flax_has_them():
+@pytest.mark.parametrize("apart", [False, True])
+def test_projections_begin_as_flax_has_them(apart):
     """Google's: `nn.DenseGeneral`'s parameters of the same key, and its numbers."""
     x = jax.random.normal(jax.random.key(0), (3, 5, 16))
     flax = nn.DenseGeneral((2, 8), kernel_init=nn.initializers.xavier_uniform(), name="query")
-    ours = attention._Projection(2, 8, jnp.float32, name="query")
+    ours = attention._Projection(2, 8, jnp.float32, apart, name="query")
     params, expected = (module.init(jax.random.key(1), x) for module in (ours, flax))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
     np.testing.assert_allclose(ours.apply(params, x), flax.apply(params, x), rtol=1e-6, atol=1e-6)
+
+
+def test_products_apart_are_products():
+    """With their gradients, and each behind a barrier that holds something of its own, without
+    which XLA would see that they share x."""
+    x, cotangent = (jax.random.normal(jax.random.key(i), (7, 16)) for i in range(2))
+    kernel = jax.random.normal(jax.random.key(2), (16, 16))
+
+    def run(product):
+        output, pull = jax.vjp(product, x, kernel)
+        return output, pull(cotangent)
+
+    # Sums of 16 numbers near 1 in another order: roundings of 6e-8 each.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6),
+                 run(product_apart), run(jnp.matmul))
+    barriers = named(equations(lambda: run(product_apart)), "optimization_barrier")
+    assert [[v.aval.shape for v in e.invars] for e in barriers] == [[(7, 16), (16, 16)]] * 2
 
 
 ON_A_GPU = """

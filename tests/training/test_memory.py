@@ -7,7 +7,7 @@ import pytest
 from vit_jax.config import base_config, set_value, validate
 from vit_jax.errors import UserError
 from vit_jax.training import partition
-from vit_jax.training.memory import Memory, Planner, compiled_bytes, resolve_mesh
+from vit_jax.training.memory import Memory, Planner, compile_step, executable_bytes, resolve_mesh
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
 
@@ -110,7 +110,7 @@ def test_total_against_the_compiler():
     way leaves room for versions of XLA; without the block's share it would be 25 % too little."""
     config = configure(model__variant="Ti/16", model__num_layers=3, model__remat="dots",
                        mesh__fsdp=2, mesh__tensor=2, **SCAN)
-    compiled = compiled_bytes(config, 16, jax.devices())
+    compiled = executable_bytes(compile_step(config, 16, jax.devices()))
     memory = planned(config)
     assert abs(memory.total / compiled - 1) < 0.1
     assert (memory.total - memory.working) / compiled - 1 < -0.1

@@ -1,7 +1,6 @@
 """Multi-head self-attention with Google's parameter tree (query, key, value, out)."""
 
 import functools
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vit_jax.devices import compute_capability
 from vit_jax.models.precision import einsum_float32
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
@@ -51,10 +51,7 @@ def choose_implementation(
 
 
 def _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions):
-    # AMD's GPUs have a name in place of the two numbers, CPUs and TPUs have nothing.
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    numbers = re.fullmatch(r"(\d+)\.\d+", capability)
-    if not numbers or int(numbers[1]) < 8:
+    if compute_capability() < (8, 0):
         return "cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 or later"
     if reason := cudnn_lacks(dtype, head_dim, dropout_rate, relative_positions):
         return reason
@@ -158,13 +155,38 @@ def _scale(query):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+@jax.custom_vjp
+def product_apart(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` of [T, D] and [D, K], which XLA joins with no other product of the same x.
+
+    Its GPU compiler makes one product of small ones (of up to 64 MB), forward and backward. Then
+    the biases of queries, keys and values are added, and the three cut apart, by operations that
+    read and write them once more, and their gradients are joined by another.
+    """
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return x @ kernel
+
+
+def _product_forward(x, kernel):
+    return product_apart(x, kernel), (x, kernel)
+
+
+def _product_backward(operands, cotangent):
+    x, kernel = jax.lax.optimization_barrier(operands)
+    return cotangent @ kernel.T, x.T @ cotangent
+
+
+product_apart.defvjp(_product_forward, _product_backward)
+
+
 class _Projection(nn.Module):
     """`nn.DenseGeneral` to heads as a product of matrices: cuBLAS adds a bias that is a vector, but
-    one of [H, d] XLA writes out for every token first."""
+    one of [H, d] XLA writes out for every token first. `apart`: by `product_apart`."""
 
     num_heads: int
     head_dim: int
     dtype: Any
+    apart: bool
 
     @nn.compact
     def __call__(self, x):
@@ -177,7 +199,8 @@ class _Projection(nn.Module):
 
         kernel = self.param("kernel", xavier_uniform).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, heads).astype(self.dtype)
-        y = x.reshape(-1, width) @ kernel.reshape(width, columns)
+        product = product_apart if self.apart else jnp.matmul
+        y = product(x.reshape(-1, width), kernel.reshape(width, columns))
         return (y + bias.reshape(columns)).reshape(*x.shape[:2], *heads)
 
 
@@ -229,7 +252,8 @@ class MultiHeadDotProductAttention(nn.Module):
             # Here and not around the kernel, where XLA would copy eight arrays for it and not two.
             x = jnp.pad(x, ((0, 0), (0, fused_length(length) - length), (0, 0)))
         query, key, value = (
-            _Projection(self.num_heads, head_dim, self.dtype, name=name)(x)
+            _Projection(self.num_heads, head_dim, self.dtype, implementation == "cudnn",
+                        name=name)(x)
             for name in ("query", "key", "value"))
 
         if implementation == "cudnn":

@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from vit_jax.devices import compute_capability
+
 _SLOPE = math.sqrt(8 / math.pi)
 _CUBIC = 0.044715
 
@@ -19,14 +21,32 @@ def gelu(x: jax.Array, approximate: bool) -> jax.Array:
     """`x * Phi(x)` with the normal distribution function Phi (arXiv 1606.08415), any shape.
 
     Computed in float32 and returned in the type of x. `approximate` is the formula with tanh,
-    written as `x * sigmoid(2 u)`, for 1 + tanh(u) = 2 sigmoid(2 u); otherwise Phi is exact.
+    written as `x * sigmoid(2 u)`, for 1 + tanh(u) = 2 sigmoid(2 u), or as cuBLAS takes it over;
+    otherwise Phi is exact.
     """
-    return _forward(x, approximate)[0]
+    if approximate and _cublas_computes_it(x.dtype):
+        return as_xla_knows_it(x)
+    wide = x.astype(jnp.float32)
+    return (wide * _distribution(wide, approximate)).astype(x.dtype)
+
+
+def _cublas_computes_it(dtype) -> bool:
+    """Whether a matrix product with GELU behind it takes less time than both by themselves. So it
+    is reported of 16 bits on the GPUs of data centers since Hopper, and the opposite of others
+    (github.com/karpathy/llm.c, pull requests 338 and 591; sgl-project/sglang, 34350)."""
+    return dtype.itemsize == 2 and (9, 0) <= compute_capability() < (11, 0)
+
+
+def as_xla_knows_it(x: jax.Array) -> jax.Array:
+    """The formula with tanh in the form that XLA finds behind a matrix product, which then writes
+    GELU of its float32 results, so that the hidden layer is not read and written once more. Found
+    elsewhere it is computed in the type of x, and rounded at every step."""
+    u = (_SLOPE / 2) * (x + _CUBIC * (x * (x * x)))
+    return x * (0.5 * (1 + jnp.tanh(u)))
 
 
 def _forward(x, approximate):
-    wide = x.astype(jnp.float32)
-    return (wide * _distribution(wide, approximate)).astype(x.dtype), x
+    return gelu(x, approximate), x
 
 
 def _distribution(x, approximate):

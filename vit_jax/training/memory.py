@@ -215,10 +215,10 @@ def resolve_mesh(config: ml_collections.ConfigDict, devices: int) -> AbstractMes
     return mesh
 
 
-def compiled_bytes(
+def compile_step(
     config: ml_collections.ConfigDict, num_classes: int, devices: list[jax.Device]
-) -> int:
-    """`executable_bytes` of the train step, compiled without a run or an array."""
+) -> jax.stages.Compiled:
+    """The train step, compiled without a run or an array."""
     size = image_size(config)
     mesh = partition.make_mesh(config, devices)
     model = build_model(config, num_classes, size)
@@ -241,7 +241,7 @@ def compiled_bytes(
         make_train_step(loss_sum, optimizer, schedule, config), donate_argnums=0,
         out_shardings=(shardings, partition.replicated(mesh)))
     with jax.set_mesh(mesh):
-        return executable_bytes(step.lower(state, batch).compile())
+        return step.lower(state, batch).compile()
 
 
 def executable_bytes(executable: jax.stages.Compiled) -> int:
