@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from tiny_models import abstract_params, apply, pixels, random_params
 
-from vit_jax.models.resnet import GroupNorm, StdConv, resnet_features, standardize, total_stride
+from vit_jax.models.resnet import (
+    GroupNorm,
+    StdConv,
+    add_relu,
+    resnet_features,
+    standardize,
+    total_stride,
+)
 from vit_jax.models.variants import create_model
 
 pytestmark = pytest.mark.core
@@ -54,6 +61,20 @@ def test_epsilon_of_group_norm():
     got, _ = GroupNorm().init_with_output(jax.random.key(0), x)
     expected = (x - x.mean((1, 2))) / np.sqrt(x.var((1, 2)) + 1e-6)  # a channel a group
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_add_relu_is_relu_of_the_sum(dtype):
+    """To the bit, gradients at 0 included."""
+    values = np.linspace(-1, 1, 9, dtype=dtype)
+    a, b = (grid.ravel() for grid in np.meshgrid(values, values))
+    cotangent = np.linspace(1, 2, a.size, dtype=dtype)
+    assert (a + b == 0).sum() == 9
+    (out, pull), (expected, pull_expected) = (
+        jax.vjp(function, a, b) for function in (add_relu, lambda a, b: nn.relu(a + b)))
+    np.testing.assert_array_equal(out, expected)
+    for got, wanted in zip(pull(cotangent), pull_expected(cotangent), strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_units_start_as_the_identity():

@@ -44,6 +44,28 @@ class StdConv(nn.Module):
         )
 
 
+@jax.custom_vjp
+def add_relu(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`relu(a + b)` whose backward pass looks at the result, not at the sum: that is kept for the
+    next convolution, but the sum XLA's GPU compiler would compute again, from the shortcut and from
+    what group normalisation begins with."""
+    return nn.relu(a + b)
+
+
+def _add_relu_forward(a, b):
+    result = add_relu(a, b)
+    return result, result
+
+
+def _add_relu_backward(result, cotangent):
+    # Without the barrier XLA knows that relu(x) > 0 is x > 0.
+    cotangent = jnp.where(jax.lax.optimization_barrier(result) > 0, cotangent, 0)
+    return cotangent, cotangent
+
+
+add_relu.defvjp(_add_relu_forward, _add_relu_backward)
+
+
 GroupNorm = functools.partial(nn.GroupNorm, num_groups=32, epsilon=1e-6)
 
 
@@ -69,7 +91,7 @@ class ResidualUnit(nn.Module):
         y = nn.relu(norm(name="gn2")(conv(self.features, (3, 3), self.strides, name="conv2")(y)))
         y = conv(wide, (1, 1), name="conv3")(y)
         y = norm(name="gn3", scale_init=nn.initializers.zeros)(y)
-        return nn.relu(shortcut + y)
+        return add_relu(shortcut, y)
 
 
 class ResNetStage(nn.Module):
