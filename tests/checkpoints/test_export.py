@@ -183,6 +183,12 @@ def test_match_eps(tmp_path, torch):
         "patch_embed.backbone.stem.conv.weight"] for match in (False, True)]
     np.testing.assert_array_equal(
         kernels[0], flat(loaded.params)["conv_root/kernel"].transpose(3, 2, 0, 1))
+    for match in (False, True):  # loaded back, either is the model it was
+        back = load_model(tmp_path / str(match))
+        output = verify.function(back.model, flat(back.params))(images)
+        # The rescaled kernels are rounded to float32 twice.
+        np.testing.assert_allclose(output, expected, rtol=0, atol=HYBRID * match)
+        assert ("rescaled for Google's again" in str(back.report)) == match
     assert (kernels[0] != kernels[1]).any()
 
 

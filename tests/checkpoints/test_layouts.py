@@ -361,6 +361,28 @@ def test_torchvision(tmp_path, representation_size, old_names):
     assert loaded.metadata["dialect"] == "torchvision"
 
 
+@pytest.mark.parametrize("name, weights", [
+    ("vit_b_16", "IMAGENET1K_V1"), ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1"),
+    ("vit_l_16", "IMAGENET1K_SWAG_E2E_V1"), ("vit_h_14", "IMAGENET1K_SWAG_E2E_V1"),
+])
+def test_torchvisions_own_weights_see_images_as_there(tmp_path, name, weights):
+    """Against the transforms that torchvision names beside them; of a narrow model of that size."""
+    import torchvision
+
+    theirs = torchvision.models.get_weight(
+        f"ViT_{name[4:].upper()}_Weights.{weights}").transforms()
+    side, patch = theirs.crop_size[0], int(name[-2:])
+    module = torchvision.models.VisionTransformer(
+        image_size=side, patch_size=patch, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    found = vit_jax.load_model(tmp_path / "a.pth", num_heads=1).metadata["preprocessing"]
+    assert found["image_size"] == [side, side] and found["crop"] == "center_crop"
+    assert found["resize"] == theirs.resize_size[0]
+    assert found["interpolation"] == theirs.interpolation.value
+    assert found["antialias"] is theirs.antialias
+    np.testing.assert_allclose((found["mean"], found["std"]), (theirs.mean, theirs.std))
+
+
 # ---- Other resolutions ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("new", [(12, 12), (8, 8), (12, 20), (36, 12)], ids=str)

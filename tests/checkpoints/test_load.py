@@ -151,6 +151,23 @@ def test_image_size_with_positions_in_every_layer():
     assert [entry[0] for entry in report.resized] == names
 
 
+def test_a_rectangular_grid_is_resized_in_one_call(tmp_path):
+    """Its shape has to be told, and then it is resized as any."""
+    model = tiny()
+    wide = google_npz(tmp_path / "a.npz", random_params(model, 12, 28))
+    with pytest.raises(UserError, match="its 21 position embeddings are no square grid; .* as "
+                                        "image_size, or as trained_size where"):
+        vit_jax.load_model(wide)
+    as_it_is = vit_jax.load_model(wide, image_size=(12, 28))
+    assert as_it_is.metadata["position_resize"] is None
+    square = vit_jax.load_model(wide, trained_size=(12, 28), image_size=16)
+    np.testing.assert_array_equal(
+        flat(square.params)[POSITIONS], resize_position_embedding(
+            flat(as_it_is.params)[POSITIONS], old_grid=(3, 7), new_grid=(4, 4), prefix=1,
+            mode="corner_aligned"))
+    assert square.metadata["preprocessing"]["image_size"] == [16, 16]
+
+
 def test_another_shape_of_as_many_patches(path):
     """16 patches as 2 x 8 are not the 4 x 4 of before."""
     loaded = vit_jax.load_model(path, image_size=(16, 16), patch_size=4)

@@ -13,7 +13,6 @@ from tiny import make_tiny_config
 from tiny_steps import build, compile_run, follow, make_batch, run
 
 from vit_jax.config import validate
-from vit_jax.errors import UserError
 from vit_jax.training import mixing, partition
 from vit_jax.training.losses import targets_from_labels
 from vit_jax.training.step import normalize
@@ -91,13 +90,6 @@ def test_pairs_and_masks():
     everyone = draw(KEY, make_batch(0, rows=32), **EVERYTHING)
     mixed = (np.asarray(everyone["blend"]) < 1) | np.asarray(everyone["cut_box"]).any(1)
     assert mixed[[0, 4]].all()
-
-
-@core
-def test_a_single_image_has_no_partner():
-    with pytest.raises(UserError, match="there is one image in a batch .* raise config.batch_size"):
-        draw(KEY, blank(1), mixup=0.1)
-    draw(KEY, blank(1), erasing=0.5)
 
 
 @core

@@ -11,6 +11,8 @@ import numpy as np
 
 Params = dict[str, np.ndarray]  # by path
 
+MATCHED = "vit_jax_match_eps"  # in config.json, of kernels `for_timm`; timm ignores it
+
 
 def standardised(params: Params) -> list[str]:
     """Paths of the kernels of standardised convolutions."""

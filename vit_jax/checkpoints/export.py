@@ -170,6 +170,7 @@ def export_model(
     changes: list[str] = []
     form, placed = _as_target_has_it(model, params, target, size, changes)
     placed = {path: _rounded(path, x, dtype) for path, x in placed.items()}
+    matched = match_eps and bool(epsilon.standardised(placed))
     tensors = _tensors(target, form, placed, match_eps, changes)
     expected, expected_params, effects = model, params, {}
     if dtype != "float32":
@@ -201,7 +202,7 @@ def export_model(
         verification=Verification(reason="not asked for"))
     with output.temporary(out) as temporary:
         write = _write_npz if target == "npz" else _write_directory
-        write(temporary, report, model, tensors, size, channels)
+        write(temporary, report, model, tensors, size, channels, matched)
         if check:
             report.verification = verify(
                 target, temporary, placed if target == "npz" else tensors, expected,
@@ -311,16 +312,19 @@ def _warnings(target, model, params, metadata):
     return warnings
 
 
-def _write_npz(path, report, model, tensors, size, channels):
+def _write_npz(path, report, model, tensors, size, channels, matched):
     with path.open("wb") as file:  # np.savez would append .npz to a name
         np.savez(file, **tensors)
 
 
-def _write_directory(path, report, model, tensors, size, channels):
+def _write_directory(path, report, model, tensors, size, channels, matched):
     path.mkdir()
     safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    for name, contents in targets.config_files(
-            report.target, model, size, channels, report.preprocessing, report.class_names).items():
+    files = targets.config_files(
+        report.target, model, size, channels, report.preprocessing, report.class_names)
+    if matched:
+        files["config.json"][epsilon.MATCHED] = True
+    for name, contents in files.items():
         _write_json(path / name, contents)
     if report.class_names:
         _write_json(path / "class_names.json", list(report.class_names))

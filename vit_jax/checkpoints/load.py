@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.buckets import refuse_bucket
-from vit_jax.checkpoints import files, google, infer, layouts, names
+from vit_jax.checkpoints import epsilon, files, google, infer, layouts, names
 from vit_jax.checkpoints.adapt import adapt, flatten, nest
 from vit_jax.checkpoints.download import download
 from vit_jax.checkpoints.report import LoadReport
@@ -25,8 +25,8 @@ from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.state import model_from_json
 
 # What `load_model` takes beside the fields of the model.
-_OPTIONS = {"image_size", "channels", "position_resize", "reset_head", "mean", "std", "checkpoint",
-            "ema"}
+_OPTIONS = {"image_size", "trained_size", "channels", "position_resize", "reset_head", "mean",
+            "std", "checkpoint", "ema"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,8 @@ def load_model(path: str | Path, **overrides) -> Loaded:
       **overrides: fields of the model (`num_classes=10`, `dtype='bfloat16'`,
         `representation_size=None`, `num_heads=`, `activation=`, ...); and
         image_size: (height, width) or one number; the position embedding is resized,
+        trained_size: (height, width) that it was trained at, which a file of a rectangular grid
+          does not tell; without it `image_size` is taken for that,
         position_resize: how, see `resize.POSITION_MODES`; the default is 'corner_aligned',
         channels: of the images, where they shall be others than the file's; the first layer is
         adapted,
@@ -90,7 +92,7 @@ def load_model(path: str | Path, **overrides) -> Loaded:
     """
     options = {key: overrides.pop(key) for key in list(overrides) if key in _OPTIONS}
     contents = read(path, num_heads=overrides.get("num_heads"),
-                    image_size=options.get("image_size"),
+                    trained_size=options.get("trained_size", options.get("image_size")),
                     checkpoint=options.get("checkpoint", "last"), ema=options.get("ema", False))
     report = contents.report
     known = {f.name for f in dataclasses.fields(contents.module)} - {"parent", "name"}
@@ -166,7 +168,7 @@ def fit(contents: Contents, model: nn.Module, size: tuple[int, int], config) -> 
 
 
 def read(
-    path: str | Path, *, num_heads: int | None = None, image_size=None, checkpoint: str = "last",
+    path: str | Path, *, num_heads: int | None = None, trained_size=None, checkpoint: str = "last",
     ema: bool = False,
 ) -> Contents:
     """Reads a checkpoint into our names; see `load_model`."""
@@ -174,7 +176,7 @@ def read(
         raise UserError(f"checkpoint={checkpoint!r} is neither 'last' nor 'best'.")
     if names.is_name(str(path)):
         remote = names.resolve(str(path))
-        contents = read(download(remote.url), num_heads=num_heads, image_size=image_size,
+        contents = read(download(remote.url), num_heads=num_heads, trained_size=trained_size,
                         checkpoint=checkpoint, ema=ema)
         if remote.reason:
             contents.report.assumptions.append(
@@ -191,13 +193,13 @@ def read(
     report = LoadReport(str(file.path), "")
     try:
         if google.is_google(file.tensors):
-            return _read_google(file, report, image_size)
+            return _read_google(file, report, trained_size)
         library = layouts.recognise(file.tensors)
         if library is None:
             examples = ", ".join(f"{name:.80}" for name in list(file.tensors)[:3])
             raise UserError(f"{file.path} holds no Vision Transformer that is known here; its "
                             f"tensors are called {examples}, ...")
-        return _read_pytorch(file, library, report, num_heads, image_size)
+        return _read_pytorch(file, library, report, num_heads, trained_size)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Shapes that nobody expects, or a config.json of something else.
         settings = ", or the config.json beside it is not its own" if file.config else ""
@@ -266,7 +268,7 @@ def _read_workdir(path, which, ema):
                     position_resize=config["init_position_resize"] if config["init"] else None)
 
 
-def _read_google(file, report, image_size):
+def _read_google(file, report, trained_size):
     report.dialect = "google"
     params, origin, dropped = google.to_ours(file.tensors)
     params = {name: _float32(tensor) for name, tensor in params.items()}
@@ -276,10 +278,10 @@ def _read_google(file, report, image_size):
     _warn_of_zero_head(params, report)
     if "embedding/kernel" not in params and "conv_root/kernel" in params:
         return _resnet_contents(params, file, report)
-    return _contents(params, file, report, image_size)
+    return _contents(params, file, report, trained_size)
 
 
-def _read_pytorch(file, library, report, num_heads, image_size):
+def _read_pytorch(file, library, report, num_heads, trained_size):
     report.dialect = library
     tensors = layouts.usual_names(library, file.tensors)
     if len(tensors) < len(file.tensors):
@@ -306,8 +308,11 @@ def _read_pytorch(file, library, report, num_heads, image_size):
             (config or {}).get("pooler_act") or "tanh") != "tanh":
         raise UserError(f"{file.path}: its pooler has the activation {config['pooler_act']!r:.40}; "
                         "a representation layer here has tanh.")
+    matched = structure.resnet_stages is not None and (config or {}).get(epsilon.MATCHED)
     if structure.resnet_stages is not None:
         report.assumptions.append(
+            "kernels rescaled for timm's epsilon by --match_eps, rescaled for Google's again"
+            if matched else
             "convolutions standardised by std + 1e-5, as Google does; with timm's sqrt(var + 1e-8) "
             "logits differ by a few 1e-4")
     width = tensors[layouts.LAYOUTS[library].patch_kernel].shape[0]
@@ -325,11 +330,13 @@ def _read_pytorch(file, library, report, num_heads, image_size):
         for ours, part in zip(entry.ours, parts, strict=True):
             params[ours] = np.ascontiguousarray(part)
             report.renamed.append((entry.theirs, ours, part.shape))
+    if matched:
+        params = epsilon.as_timm(params)
     _warn_of_zero_head(params, report)
-    return _contents(params, file, report, image_size)
+    return _contents(params, file, report, trained_size)
 
 
-def _contents(params, file, report, image_size):
+def _contents(params, file, report, trained_size):
     structure = layouts.our_structure(params)
     block = layouts.BLOCK.format(0)
     for name, axes in (("embedding/kernel", 4), (f"{block}MlpBlock_0/Dense_0/kernel", 2),
@@ -340,8 +347,8 @@ def _contents(params, file, report, image_size):
                             f"{problem}{'' if name in params else _near(name, params)}.")
     stride = infer.stride(params, structure)
     told = infer.told_image_size(file.config)
-    if told is None and image_size is not None:
-        told = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if told is None and trained_size is not None:
+        told = (trained_size,) * 2 if isinstance(trained_size, int) else tuple(trained_size)
     told_grid = None if told is None else (told[0] // stride, told[1] // stride)
     infer.with_class_slot(params, structure, told_grid, report)
     grid = infer.position_grid(params, structure, told_grid, report)
@@ -349,9 +356,10 @@ def _contents(params, file, report, image_size):
     fields = infer.model_fields(params, structure)
     fields["activation"] = infer.activation(report.dialect, file.config, report)
     fields["classifier"] = infer.classifier(structure, file.config, report)
-    epsilon = (file.config or {}).get("layer_norm_eps", 1e-6)
-    if epsilon != 1e-6:
-        report.assumptions.append(f"LayerNorm epsilon 1e-06 in place of the config's {epsilon}")
+    told_epsilon = (file.config or {}).get("layer_norm_eps", 1e-6)
+    if told_epsilon != 1e-6:
+        report.assumptions.append(
+            f"LayerNorm epsilon 1e-06 in place of the config's {told_epsilon}")
     return Contents(
         params, fields, VisionTransformer, grid,
         infer.preprocessing(

@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
-
 # Random erasing as timm does it.
 _ERASED_AREA = (0.02, 1 / 3)  # share of the image
 _ERASED_ASPECT = (0.3, 1 / 0.3)  # height / width
@@ -41,9 +39,6 @@ def draw(
     Returns:
       The batch with what the functions below read: erase_box [B, 4] and noise_key [B]; partner, a
       dictionary of the partners' rows; blend float32 [B] and cut_box [B, 4], see `mix`.
-
-    Raises:
-      UserError: a single image has no partner.
     """
     rows, size = len(batch["image"]), batch["image"].shape[1:3]
     erase_key, noise_key, switch_key, share_key, box_key = jax.random.split(key, 5)
@@ -55,12 +50,6 @@ def draw(
         }
     if not mixup and not cutmix:
         return batch
-    if rows == 1:
-        raise UserError(
-            "config.data.mixup and config.data.cutmix mix an image with its neighbour, but there "
-            "is one image in a batch (under pmap: on a device); raise config.batch_size or set "
-            "both to 0."
-        )
     if mixup and cutmix:
         cut = jax.random.bernoulli(switch_key, 0.5, (rows,))
     else:

@@ -20,8 +20,8 @@ PMAP_AXIS = "data"
 
 
 def check_devices(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError unless every device gets the same number of images in every part, or where
-    pmap would have to cross processes."""
+    """Raises UserError unless every device gets the same number of images in every part, where
+    pmap would have to cross processes, and where an image has none to be mixed with."""
     if config.parallelism == "pmap" and jax.process_count() > 1:
         raise UserError(
             f"config.parallelism='pmap' is for one process, and this run has "
@@ -35,6 +35,13 @@ def check_devices(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             f"config.batch_size={config.batch_size} is not divisible by {shards} "
             f"({partition.batch_shards(mesh)} devices x {config.accumulation_steps} accumulation "
             f"steps); the nearest that is: {near}."
+        )
+    drawn_apart = mesh.size if config.parallelism == "pmap" else 1  # mixing draws a device's batch
+    if (config.data.mixup or config.data.cutmix) and config.batch_size == drawn_apart:
+        raise UserError(
+            "config.data.mixup and config.data.cutmix mix an image with its neighbour, but there "
+            "is one image in a batch (under pmap: on a device); raise config.batch_size or set "
+            "both to 0."
         )
 
 
