@@ -1,5 +1,6 @@
 """Runs through the command line: learning, interruption, continuation, and what stops a run."""
 
+import functools
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ from vit_jax.evaluate import evaluate_checkpoint
 from vit_jax.main import main
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.state import group_blocks
 from vit_jax.training.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
@@ -230,6 +233,32 @@ def test_scanned_layers_resume_from_unstacked_checkpoints(tmp_path):
     _, whole = final_state(tmp_path / "whole")
     assert "encoderblock_1" in whole["params"]["Transformer"]
     jax.tree.map(np.testing.assert_array_equal, whole, final_state(tmp_path / "parts")[1])
+
+
+def test_blocks_in_few_arrays_train_as_by_themselves(tmp_path, monkeypatch):
+    """As on GPUs: the same initial and final parameters, and one checkpoint for both layouts."""
+    adam = ["--config.optimizer.name=adamw", "--config.optimizer.learning_rate=1e-3"]
+    main([TINY, f"--workdir={tmp_path / 'plain'}", *adam])
+    main([TINY, f"--workdir={tmp_path / 'mixed'}", *adam, "--config.total_steps=4"])
+    seen = []
+
+    def group(model, config, mesh):
+        fake = types.SimpleNamespace(
+            devices=np.array([types.SimpleNamespace(platform="gpu")], object))
+        seen.append(group_blocks(model, config, fake))
+        return seen[-1]
+
+    monkeypatch.setattr("vit_jax.train.group_blocks", group)
+    main([TINY, f"--workdir={tmp_path / 'grouped'}", *adam])
+    main([TINY, f"--workdir={tmp_path / 'mixed'}", *adam])
+    assert [(model.scan_layers, model.scan_unroll) for model in seen] == [(True, 0)] * 2
+    plain, grouped, mixed = (final_state(tmp_path / name)[1]
+                             for name in ("plain", "grouped", "mixed"))
+    # Adam's first steps are of the size of the learning rate, whatever the gradient's.
+    for other in (grouped, mixed):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5),
+                     other["params"], plain["params"])
+    assert load_model(tmp_path / "grouped").model == load_model(tmp_path / "plain").model
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -18,7 +18,14 @@ from vit_jax.errors import UserError
 from vit_jax.models.attention import cudnn_lacks
 from vit_jax.models.summary import Summary, summarize
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training.memory import Memory, Planner, compile_step, executable_bytes, resolve_mesh
+from vit_jax.training.memory import (
+    Memory,
+    Planner,
+    compile_step,
+    executable_bytes,
+    has_loop,
+    resolve_mesh,
+)
 from vit_jax.training.partition import batch_shards
 
 # Of a device's memory, what may be planned: JAX is given 90 % of it (launch/env/gpu.sh), and
@@ -241,7 +248,7 @@ def run_rows(config: ml_collections.ConfigDict, mesh: AbstractMesh) -> list[tupl
          f"{config.batch_size // batch_shards(mesh):,} of them on a device{parts}"),
         ("mesh", f"{axes} ({config.parallelism})"),
         ("computation", f"{config.dtype}, remat {config.model.remat or 'none'}"
-         + (", scan_layers" if config.model.scan_layers else "")),
+         + (", scan_layers" if has_loop(config) else "")),
     ]
 
 
@@ -306,7 +313,7 @@ def _notes(config, device, memory):
     if config.dtype != "bfloat16":
         yield (f"the peak of {device.name} is of bfloat16; with config.dtype={config.dtype} an MFU "
                "is much lower.")
-    if (config.model.remat or "none") != "none" and not config.model.scan_layers:
+    if (config.model.remat or "none") != "none" and not has_loop(config):
         yield ("without config.model.scan_layers=true a compiler may undo remat; it was found to "
                "take several times the activations above (docs/plan.md).")
     most = _JAX_SHARE * _SHARE / 0.9
@@ -345,7 +352,7 @@ def check(config: ml_collections.ConfigDict, classes: int, devices: int) -> str:
     config.dtype, config.parallelism = "float32", "jit"
     planner = Planner(config, classes)
     if isinstance(planner.model, VisionTransformer):
-        config.model.scan_layers = True
+        config.model.scan_layers, config.model.scan_unroll = True, None
         config.model.attention_implementation = "xla"
     planned = planner.memory(config, resolve_mesh(config, devices)).total
     found = executable_bytes(compile_step(config, classes, jax.devices("cpu")[:devices]))

@@ -25,7 +25,7 @@ from vit_jax.training.checkpoint import BEST, Checkpoints, check_same_data, desc
 from vit_jax.training.metrics import MetricsLog, Progress
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.profile import ProfileWindow
-from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.state import build_model, group_blocks, make_init, params_shapes
 from vit_jax.training.step import make_train_step
 from vit_jax.training.stop import StopSignal
 from vit_jax.training.task import make_task_loss
@@ -55,7 +55,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     parallel.check_devices(config, mesh)
     start = read(config.init) if config.init else None
     pixels = pixel_statistics(config, start)
-    model = build_model(config, len(classes), size, start.fields if start else None)
+    plain = build_model(config, len(classes), size, start.fields if start else None)
+    model = group_blocks(plain, config, mesh)
     start_params = fit(start, model, size, config) if start else None
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
@@ -65,14 +66,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
 
     # A new run, or one to continue.
     changes = workdir_lib.claim(workdir, config)
-    summary = summarize(model, size)
+    summary = summarize(plain, size)
     print(format_summary(summary))
     for line in describe(config, mesh, model, train_source, eval_source, total_steps):
         print(line)
     for line in [*notes, *(f"changed since this run began: {change}" for change in changes)]:
         print(f"note: {line}")
     checkpoints = Checkpoints(workdir / "checkpoints")
-    meta = describe_run(config, model, pixels, classes, len(train_source))
+    meta = describe_run(config, plain, pixels, classes, len(train_source))
     first_step = checkpoints.last_step or 0
     distributed.check_agreement({
         "config": config_lib.to_json(config), "last checkpoint": first_step,

@@ -54,6 +54,21 @@ def test_layouts_and_remat_compute_the_same(scan_layers, remat, loop):
     assert_computes(model, params, images, logits, gradients)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("unroll, left", [(0, 0), (1, 3), (2, 1), (3, 0), (4, 0)])
+def test_unrolled_loops_compute_the_same(unroll, left, remat):
+    """With as many turns as are left; none where all blocks are in one."""
+    images = pixels()
+    plain = tiny(num_layers=3)
+    params = random_params(plain, 8, 8)
+    logits, gradients = loss_and_gradients(plain, params, images)
+    model = tiny(num_layers=3, scan_layers=True, scan_unroll=unroll, remat=remat)
+    assert_computes(model, params, images, logits, gradients)
+    program = jax.jit(lambda params: model.apply({"params": params}, images, train=False)).lower(
+        stack_blocks(params)).as_text()
+    assert ("stablehlo.while" in program) == (left > 0)
+
+
 @pytest.mark.parametrize("place", ["every_layer", "every_layer_shared"])
 @pytest.mark.parametrize("scan_layers, remat", [(True, "none"), (False, "full"), (True, "names")])
 def test_positions_in_every_layer_are_the_same_in_all_layouts(place, scan_layers, remat):

@@ -26,7 +26,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr("vit_jax.models.gelu.compute_capability", lambda: (9, 0))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [None, False, True])
 @pytest.mark.parametrize("variant, batch", [("S/16", 128), ("B/16", 64), ("B/16", 128)])
 def test_cublas_adds_biases_and_computes_gelu(hopper, variant, batch, scan):
     """Also where queries, keys and values are small enough to be joined, which takes the biases of
@@ -38,8 +38,26 @@ def test_cublas_adds_biases_and_computes_gelu(hopper, variant, batch, scan):
                        "model.attention_implementation": "cudnn"}.items():
         set_value(config, key, value)
     program = compile_step(validate(config), 1000, h100(1)).as_text()
+    assert (" while(" in program) == (scan is True)
     found = collections.Counter(re.findall(r'"epilogue":"(\w+)"', program))
     layers = 1 if scan else LAYERS
     assert found["BIAS_GELU_AUX"] == layers
     assert found["BIAS"] == layers * PRODUCTS_WITH_BIAS + 2  # patches and head
     assert program.count('custom_call_target="__cudnn$fmha') == 2 * layers
+
+
+def test_a_block_more_is_fewer_kernels_where_blocks_are_grouped(hopper):
+    """47 in place of 83: there are none for casts and updates of its parameters alone."""
+    def kernels(layers, scan):
+        config = base_config()
+        for key, value in {"total_steps": 10, "batch_size": 128, "dtype": "bfloat16",
+                           "model.variant": "S/16", "model.num_layers": layers,
+                           "model.scan_layers": scan, "optimizer.name": "adamw",
+                           "model.attention_implementation": "cudnn"}.items():
+            set_value(config, key, value)
+        program = compile_step(validate(config), 1000, h100(1)).as_text()
+        entry = program[program.index("\nENTRY"):]
+        return len(re.findall(r" (?:fusion|custom-call|copy)\(", entry))
+
+    grouped, plain = (kernels(4, scan) - kernels(3, scan) for scan in (None, False))
+    assert grouped < 0.6 * plain, (grouped, plain)

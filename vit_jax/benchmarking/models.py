@@ -17,7 +17,7 @@ from vit_jax.models.summary import summarize
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel, partition
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.state import build_model, group_blocks, make_init, params_shapes
 from vit_jax.training.step import make_loss_sum, make_train_step, normalize
 
 NUM_CLASSES = 1000
@@ -69,7 +69,7 @@ class Trainer:
         size = image_size(config)
         self.mesh = partition.make_mesh(config)
         parallel.check_devices(config, self.mesh)
-        self.model = build_model(config, NUM_CLASSES, size)
+        self.model = group_blocks(build_model(config, NUM_CLASSES, size), config, self.mesh)
         schedule = make_schedule(config, _STEPS)
         optimizer = make_optimizer(config, schedule, params_shapes(self.model, size))
         init = make_init(
@@ -112,7 +112,7 @@ def inference(config: ml_collections.ConfigDict) -> Work:
     size = image_size(config)
     mesh = partition.make_mesh(config)
     parallel.check_devices(config, mesh)
-    model = build_model(config, NUM_CLASSES, size)
+    model = group_blocks(build_model(config, NUM_CLASSES, size), config, mesh)
     shapes = params_shapes(model, size)
     shardings, _ = partition.state_shardings(shapes, mesh)
     init = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *size, 3)), train=False),

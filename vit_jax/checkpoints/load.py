@@ -250,7 +250,7 @@ def _read_workdir(path, which, ema):
     model = model_from_json(meta["model"])
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
               if f.name not in ("parent", "name")}
-    fields |= {"scan_layers": False} if "scan_layers" in fields else {}
+    fields |= {"scan_layers": False, "scan_unroll": 1} if "scan_layers" in fields else {}
     if fields.get("attention_implementation") == "cudnn":  # there may be no such GPU here
         fields["attention_implementation"] = "auto"
     dropped = [(name, params.pop(name).shape, "of masked pretraining") for name in list(params)

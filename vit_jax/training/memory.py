@@ -18,7 +18,13 @@ from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel, partition
 from vit_jax.training.activations import Array, Residuals, residuals
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import TrainState, build_model, make_init, params_shapes
+from vit_jax.training.state import (
+    TrainState,
+    build_model,
+    group_blocks,
+    make_init,
+    params_shapes,
+)
 from vit_jax.training.step import make_train_step
 from vit_jax.training.task import make_task_loss
 
@@ -128,7 +134,7 @@ class Planner:
             if remat != (other.model.remat or "none"):
                 other.model.remat = remat
             if remat != "none":
-                other.model.scan_layers = True
+                other.model.scan_layers, other.model.scan_unroll = True, None
             if fsdp > 1:
                 other.parallelism = "jit"
             yield other
@@ -166,18 +172,18 @@ class Planner:
         """Bytes kept from the forward to the backward pass, and while a block is in it."""
         if not self._has_blocks:
             return self._sum(self._residuals("none").outside, images, mesh), 0
-        remat, scan = config.model.remat or "none", bool(config.model.scan_layers)
+        remat, loop = config.model.remat or "none", has_loop(config)
         found, split = self._residuals(remat), mesh.shape["fsdp"] * mesh.shape["tensor"]
-        block = found.block if scan else found.block_fused
+        block = found.block if loop else found.block_fused
         kept = self._sum([a for a in block if a.per_image], images, mesh)
         # Kernels cast for the forward pass stay for the backward pass. A loop stacks them as they
         # are sharded; without one they stay gathered.
         shared = self._sum([a for a in block if not a.per_image], images, mesh)
-        kept += shared // split if scan else shared
+        kept += shared // split if loop else shared
         total = found.blocks * kept + self._sum(found.outside, images, mesh)
 
         working = 0
-        if scan or remat != "none":
+        if loop or remat != "none":
             block = self._residuals("none").block_fused
             working += self._sum(block, images, mesh)
             # And the gradient of the largest of them.
@@ -204,6 +210,11 @@ class Planner:
         return array.bytes // tensor if by_heads or hidden else array.bytes
 
 
+def has_loop(config: ml_collections.ConfigDict) -> bool:
+    """Whether the model of the config loops over its blocks."""
+    return bool(config.model.scan_layers) and config.model.scan_unroll != 0
+
+
 def resolve_mesh(config: ml_collections.ConfigDict, devices: int) -> AbstractMesh:
     """The mesh that `partition.make_mesh` makes of so many devices, without them.
 
@@ -221,7 +232,7 @@ def compile_step(
     """The train step, compiled without a run or an array."""
     size = image_size(config)
     mesh = partition.make_mesh(config, devices)
-    model = build_model(config, num_classes, size)
+    model = group_blocks(build_model(config, num_classes, size), config, mesh)
     schedule = make_schedule(config, config.total_steps or _ANY_LENGTH)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
     state = jax.eval_shape(make_init(

@@ -14,6 +14,7 @@ import optax
 from vit_jax.errors import UserError
 from vit_jax.models.masked import corrupted_count, masked_patch_model
 from vit_jax.models.resnet import ResNet
+from vit_jax.models.scan import stack_blocks
 from vit_jax.models.variants import create_model
 from vit_jax.models.vit import VisionTransformer
 
@@ -84,6 +85,22 @@ def build_model(
     return model
 
 
+def group_blocks(
+    model: nn.Module, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> nn.Module:
+    """The model as a run holds it, which computes the same: on GPUs without a loop over the blocks,
+    but with the parameters of all blocks in as few arrays as one block has.
+
+    An array costs some of the smallest kernels there are, for its cast and its update, and a small
+    model spends a good part of a step on those. A config that says `model.scan_layers` itself, or
+    freezes parameters by the names that they have in single blocks, is left alone.
+    """
+    if (not isinstance(model, VisionTransformer) or config.model.scan_layers is not None
+            or config.optimizer.frozen or mesh.devices.flat[0].platform != "gpu"):
+        return model
+    return model.clone(scan_layers=True, scan_unroll=0)
+
+
 def model_to_json(model: nn.Module) -> dict[str, Any]:
     """All fields of a model, to build the same one again with `model_from_json`."""
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
@@ -132,4 +149,8 @@ def _trace(model, size):
 
 
 def _init_params(model, size, seed):
-    return model.init(jax.random.key(seed), jnp.zeros((1, *size, 3)), train=False)["params"]
+    grouped = getattr(model, "scan_layers", False) and model.scan_unroll == 0
+    if grouped:  # a loop would draw other numbers
+        model = model.clone(scan_layers=False)
+    params = model.init(jax.random.key(seed), jnp.zeros((1, *size, 3)), train=False)["params"]
+    return stack_blocks(params) if grouped else params
