@@ -251,14 +251,29 @@ def test_blocks_in_few_arrays_train_as_by_themselves(tmp_path, monkeypatch):
     monkeypatch.setattr("vit_jax.train.group_blocks", group)
     main([TINY, f"--workdir={tmp_path / 'grouped'}", *adam])
     main([TINY, f"--workdir={tmp_path / 'mixed'}", *adam])
-    assert [(model.scan_layers, model.scan_unroll) for model in seen] == [(True, 0)] * 2
+    assert [(model.scan_layers, model.scan_unroll) for model in seen] == [(True, True)] * 2
     plain, grouped, mixed = (final_state(tmp_path / name)[1]
                              for name in ("plain", "grouped", "mixed"))
     # Adam's first steps are of the size of the learning rate, whatever the gradient's.
     for other in (grouped, mixed):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5),
                      other["params"], plain["params"])
-    assert load_model(tmp_path / "grouped").model == load_model(tmp_path / "plain").model
+    metas = []
+    for name in ("plain", "grouped"):
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints", writable=False)
+        metas.append(checkpoints.meta(6)["model"])
+        checkpoints.close()
+    assert metas[0] == metas[1] and not metas[1]["scan_layers"]
+
+    # From another checkpoint, with averages: two trees that begin as one.
+    tuned = [*adam, f"--config.init={tmp_path / 'plain'}", "--config.ema_decay=0.9"]
+    main([TINY, f"--workdir={tmp_path / 'tuned-grouped'}", *tuned])
+    monkeypatch.undo()
+    main([TINY, f"--workdir={tmp_path / 'tuned'}", *tuned])
+    states = [final_state(tmp_path / name)[1] for name in ("tuned-grouped", "tuned")]
+    for tree in ("params", "ema_params"):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5),
+                     *(state[tree] for state in states))
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -220,9 +220,9 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             if config.data[key]:
                 raise UserError(f"config.data.{key}={config.data[key]} changes the colours that "
                                 "config.task='masked_patches' predicts; set it to 0.")
-    if config.model.scan_unroll is not None and not config.model.scan_layers:
-        raise UserError(f"config.model.scan_unroll={config.model.scan_unroll} is for "
-                        "config.model.scan_layers=true; set that, or leave it out.")
+    if config.model.scan_unroll and not config.model.scan_layers:
+        raise UserError("config.model.scan_unroll=true is for config.model.scan_layers=true; set "
+                        "that too.")
     if config.mesh.data == 0:
         raise UserError("config.mesh.data=0 must be -1 (all devices that are left) or at least 1.")
     for key in ("crop_area", "crop_aspect"):

@@ -100,8 +100,8 @@ FIELDS: dict[str, Field] = {
     "model.stochastic_depth_rate": _model(float, "probability to skip a branch of the last block",
                                           minimum=0, maximum=0.99),
     "model.scan_layers": _model(bool, "compile one block and loop over it"),
-    "model.scan_unroll": _model(int, "blocks in one turn of that loop; 0: all, so that there is "
-                                "none (GPUs train so where scan_layers is None)", minimum=0),
+    "model.scan_unroll": _model(bool, "parameters as for scan_layers, but no loop (GPUs train so "
+                                "where scan_layers is None)"),
     "model.remat": _model(str, "what the backward pass recomputes to save memory",
                           choices=MODEL_CHOICES["remat"]),
     "model.attention_implementation": _model(

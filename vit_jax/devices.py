@@ -1,10 +1,6 @@
-"""What accelerators can do at most: the denominator of MFU and the memory that `plan` fills. And
-which generation of GPUs this machine has."""
+"""What accelerators can do at most: the denominator of MFU and the memory that `plan` fills."""
 
 import dataclasses
-import re
-
-import jax
 
 from vit_jax.errors import UserError, did_you_mean
 
@@ -75,14 +71,6 @@ DEVICES = (
     Device("tpu-v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * 1024 * _MIB,
            "Cloud TPU documentation"),
 )
-
-
-def compute_capability() -> tuple[int, int]:
-    """Of JAX's (first) device, such as (9, 0), if it is one of NVIDIA's GPUs; otherwise (0, 0)."""
-    # AMD's GPUs have a name in place of the two numbers, CPUs and TPUs have nothing.
-    text = str(getattr(jax.devices()[0], "compute_capability", ""))
-    numbers = re.fullmatch(r"(\d+)\.(\d+)", text)
-    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def find(device_kind: str) -> Device | None:

@@ -20,6 +20,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.masked import MaskedPatchModel
 from vit_jax.per_image import make_per_image
 from vit_jax.training import masked_patches, partition
+from vit_jax.training.state import group_blocks
 from vit_jax.training.step import Pixels, make_eval_step
 
 
@@ -131,7 +132,8 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint without training, at the config's image size and preprocessing.
 
     Args:
-      config: read are data, eval_batch_size, dtype, mesh, loss and init_position_resize.
+      config: read are data, eval_batch_size, dtype, mesh, loss, init_position_resize, and what
+        `group_blocks` reads.
       path: a run's workdir, or anything that `load_model` reads.
       which: 'last' or 'best' checkpoint of a workdir.
       ema: its averaged weights.
@@ -156,8 +158,9 @@ def evaluate_checkpoint(
             f"{source.name} has other classes than {contents.report.source}: "
             f"{len(source.class_names)} against {contents.fields['num_classes']}."
         )
-    model = contents.module(**(contents.fields | {"dtype": jnp.dtype(config.dtype)}))
     mesh = partition.make_mesh(config)
+    model = group_blocks(
+        contents.module(**(contents.fields | {"dtype": jnp.dtype(config.dtype)})), config, mesh)
     params = jax.device_put(fit(contents, model, size, config), partition.replicated(mesh))
     bad_images = BadImages(config.data.on_bad_image)
     pixels = pixel_statistics(config, contents)

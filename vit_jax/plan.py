@@ -352,7 +352,7 @@ def check(config: ml_collections.ConfigDict, classes: int, devices: int) -> str:
     config.dtype, config.parallelism = "float32", "jit"
     planner = Planner(config, classes)
     if isinstance(planner.model, VisionTransformer):
-        config.model.scan_layers, config.model.scan_unroll = True, None
+        config.model.scan_layers, config.model.scan_unroll = True, False
         config.model.attention_implementation = "xla"
     planned = planner.memory(config, resolve_mesh(config, devices)).total
     found = executable_bytes(compile_step(config, classes, jax.devices("cpu")[:devices]))

@@ -163,7 +163,7 @@ def test_rectangles(tmp_path):
     params = random_params(model, 28, 12)
     for slot in (True, False):
         path = google_npz(tmp_path / "a.npz", params, slot=slot)
-        with pytest.raises(UserError, match=r"position embeddings are no square grid; pass the "):
+        with pytest.raises(UserError, match=r"position embeddings are no square grid; load_"):
             vit_jax.load_model(path)
         loaded = vit_jax.load_model(path, image_size=(28, 12))
         assert loaded.report.assumptions[0].startswith("activation")

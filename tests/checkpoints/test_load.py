@@ -156,7 +156,7 @@ def test_a_rectangular_grid_is_resized_in_one_call(tmp_path):
     model = tiny()
     wide = google_npz(tmp_path / "a.npz", random_params(model, 12, 28))
     with pytest.raises(UserError, match="its 21 position embeddings are no square grid; .* as "
-                                        "image_size, or as trained_size where"):
+                                        "image_size, or as trained_size beside another"):
         vit_jax.load_model(wide)
     as_it_is = vit_jax.load_model(wide, image_size=(12, 28))
     assert as_it_is.metadata["position_resize"] is None
@@ -166,6 +166,11 @@ def test_a_rectangular_grid_is_resized_in_one_call(tmp_path):
             flat(as_it_is.params)[POSITIONS], old_grid=(3, 7), new_grid=(4, 4), prefix=1,
             mode="corner_aligned"))
     assert square.metadata["preprocessing"]["image_size"] == [16, 16]
+    with pytest.raises(UserError, match="no square grid, nor one of 4x7; load_model takes the"):
+        vit_jax.load_model(wide, trained_size=(16, 28), image_size=16)
+    plain = google_npz(tmp_path / "b.npz", random_params(model, 16, 16))
+    with pytest.raises(UserError, match=r"trained_size=\(12, 28\), but .*b.npz is of 16x16; leave"):
+        vit_jax.load_model(plain, trained_size=(12, 28))
 
 
 def test_another_shape_of_as_many_patches(path):

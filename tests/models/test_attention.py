@@ -243,6 +243,22 @@ def test_products_apart_are_products():
     assert [[v.aval.shape for v in e.invars] for e in barriers] == [[(7, 16), (16, 16)]] * 2
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_remat_dots_keeps_projections(apart):
+    """Its policy finds the product inside of the function with a gradient of its own."""
+    module = attention._Projection(2, 8, jnp.float32, apart)
+    x = jnp.ones((2, 3, 16))
+    params = module.init(jax.random.key(0), x)
+
+    @functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    def run(params, x):
+        return jnp.tanh(module.apply(params, x)).sum()
+
+    products = named(equations(jax.grad(run, argnums=(0, 1)), params, x), "dot_general")
+    assert len(products) == 3  # forward, of the kernel, of x; not a fourth to repeat the first
+
+
 ON_A_GPU = """
 import sys
 import jax, jax.numpy as jnp

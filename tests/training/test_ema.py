@@ -1,5 +1,7 @@
 """Averaged weights: their formula, on several layouts of devices and parameters, and saved."""
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -70,7 +72,7 @@ def test_five_updates_from_given_weights(parallelism):
     assert np.abs(moved).max() > 1e-4
 
 
-def test_interrupted_and_continued(tmp_path):
+def test_interrupted_and_continued(tmp_path, monkeypatch):
     """Sharded parameters, stacked blocks: bit for bit as without the interruption. On disk the
     blocks are unstacked."""
     config = configure(mesh__fsdp=8, model__scan_layers=True, model__num_layers=2)
@@ -87,9 +89,15 @@ def test_interrupted_and_continued(tmp_path):
     on_disk = checkpoints.restore_arrays(3)["ema_params"]
     jax.tree.map(np.testing.assert_array_equal, on_disk, unstack_blocks(states[-1].ema_params))
     assert "encoderblock_1" in on_disk["Transformer"]
+    read, asked = checkpoints._restore_state, []
+    monkeypatch.setattr(
+        checkpoints, "_restore_state", lambda step, state: asked.append(state) or read(step, state))
     again = checkpoints.restore(3, shapes, shardings)
     checkpoints.close()
     assert jax.tree.map(lambda x: x.sharding, again) == shardings
+    # No device has to hold more of it while it is read than afterwards.
+    block = asked[0]["params"]["Transformer"]["encoderblock_1"]["MlpBlock_0"]["Dense_0"]["kernel"]
+    assert math.prod(block.sharding.shard_shape(block.shape)) * 8 == math.prod(block.shape)
     continued, _ = follow(step, again, 3, 5)
     jax.tree.map(np.testing.assert_array_equal, continued, more)
 

@@ -13,6 +13,7 @@ from vit_jax.training.memory import Planner, compile_step, executable_bytes, res
 
 pytestmark = pytest.mark.core
 
+
 def configure(variant, **settings):
     config = base_config()
     config.total_steps = 10

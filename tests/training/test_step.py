@@ -39,8 +39,8 @@ def reference():
     {"accumulation_steps": 2},
     {"accumulation_steps": 2, "parallelism": "pmap"},
     {"model.scan_layers": True, "model.remat": "full", "mesh.fsdp": 2},
-    {"model.scan_layers": True, "model.scan_unroll": 0},
-    {"model.scan_layers": True, "model.scan_unroll": 0, "mesh.fsdp": 2, "mesh.tensor": 2},
+    {"model.scan_layers": True, "model.scan_unroll": True},
+    {"model.scan_layers": True, "model.scan_unroll": True, "mesh.fsdp": 2, "mesh.tensor": 2},
 ], ids=str)
 def test_same_losses_on_eight_devices(tiny_config, reference, settings):
     """SGD without dropout: float32 rounding is all that may differ (four steps, losses ~2.3)."""

@@ -11,7 +11,8 @@ import numpy as np
 
 Params = dict[str, np.ndarray]  # by path
 
-MATCHED = "vit_jax_match_eps"  # in config.json, of kernels `for_timm`; timm ignores it
+# In config.json, of kernels `for_timm`: `as_timm` undoes it. timm itself ignores the key.
+MATCHED = "vit_jax_match_eps"
 
 
 def standardised(params: Params) -> list[str]:

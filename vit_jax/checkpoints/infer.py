@@ -141,9 +141,9 @@ def position_grid(
     side = math.isqrt(count)
     if side * side != count:
         raise UserError(
-            f"{report.source}: its {count} position embeddings are no square grid; pass the "
-            "(height, width) of the images it was trained on, as image_size, or as trained_size "
-            "where the model is to have another."
+            f"{report.source}: its {count} position embeddings are no square grid"
+            f"{f', nor one of {told[0]}x{told[1]}' if told else ''}; load_model takes the (height, "
+            "width) that it was trained at as image_size, or as trained_size beside another."
         )
     report.assumptions.append(f"a square grid of {side}x{side} patches")
     return side, side
@@ -191,14 +191,15 @@ def preprocessing(
         if preprocessor.get("do_center_crop") and short_side:
             result |= dict(crop="center_crop", resize=max(short_side, min(size)))
     elif dialect == "torchvision":
-        # Its own weights are trained at 224 from scratch, and above that from SWAG's.
+        # Its own weights above 224, and from scratch at 224. (Of L/16 from scratch it resizes to
+        # 242, and SWAG's with a linear head, at 224, take bicubic 224: no file tells.)
         small = min(size) <= 224
         result |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, crop="center_crop",
                        resize=round(min(size) * 8 / 7) if small else min(size),
                        interpolation="bilinear" if small else "bicubic")
         report.assumptions.append(
-            f"ImageNet's mean and std, {result['interpolation']} resizing and a central crop, as "
-            "torchvision's own weights of this size have them")
+            f"ImageNet's mean and std, {result['interpolation']} resizing to {result['resize']}, a "
+            "central crop, as most of torchvision's own weights of this size have them")
     elif dialect == "timm" and not structure.head:
         result |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
         report.assumptions.append(

@@ -28,6 +28,8 @@ from vit_jax.training.state import model_from_json
 _OPTIONS = {"image_size", "trained_size", "channels", "position_resize", "reset_head", "mean",
             "std", "checkpoint", "ema"}
 
+_ONE_BY_ONE = {"scan_layers": False, "scan_unroll": False}  # blocks as they are on disk
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -106,8 +108,10 @@ def load_model(path: str | Path, **overrides) -> Loaded:
     model = contents.module(**(contents.fields | overrides))
 
     old_size = tuple(contents.preprocessing["image_size"])
-    size = options.get("image_size", old_size)
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    if "trained_size" in options and _pair(options["trained_size"]) != old_size:
+        raise UserError(f"trained_size={options['trained_size']}, but {report.source} is of "
+                        f"{old_size[0]}x{old_size[1]}; leave it out.")
+    size = _pair(options.get("image_size", old_size))
     mode = options.get("position_resize", "corner_aligned")
     params = adapt(
         contents.params, model, size, old_grid=contents.grid, report=report,
@@ -127,6 +131,10 @@ def load_model(path: str | Path, **overrides) -> Loaded:
         "loss": contents.loss,
     }
     return Loaded(model, _layout(nest(params), model), metadata, report)
+
+
+def _pair(size):
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _check_values(overrides, options):
@@ -222,7 +230,7 @@ def load_masked_model(path: str | Path, *, checkpoint: str = "last", ema: bool =
     if "mask_token" not in params:
         raise UserError(f"{path} was not trained with config.task='masked_patches'.")
     model = masked_patch_model(
-        model_from_json(meta["model"]).clone(scan_layers=False), meta["config"]["masked"]["target"])
+        model_from_json(meta["model"]).clone(**_ONE_BY_ONE), meta["config"]["masked"]["target"])
     report = LoadReport(f"{path} step {step}", "vit_jax",
                         renamed=[(name, name, x.shape) for name, x in params.items()])
     metadata = {"preprocessing": meta["preprocessing"], "class_names": None, "loss": None,
@@ -250,7 +258,7 @@ def _read_workdir(path, which, ema):
     model = model_from_json(meta["model"])
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
               if f.name not in ("parent", "name")}
-    fields |= {"scan_layers": False, "scan_unroll": 1} if "scan_layers" in fields else {}
+    fields |= _ONE_BY_ONE if "scan_layers" in fields else {}
     if fields.get("attention_implementation") == "cudnn":  # there may be no such GPU here
         fields["attention_implementation"] = "auto"
     dropped = [(name, params.pop(name).shape, "of masked pretraining") for name in list(params)
@@ -348,7 +356,7 @@ def _contents(params, file, report, trained_size):
     stride = infer.stride(params, structure)
     told = infer.told_image_size(file.config)
     if told is None and trained_size is not None:
-        told = (trained_size,) * 2 if isinstance(trained_size, int) else tuple(trained_size)
+        told = _pair(trained_size)
     told_grid = None if told is None else (told[0] // stride, told[1] // stride)
     infer.with_class_slot(params, structure, told_grid, report)
     grid = infer.position_grid(params, structure, told_grid, report)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vit_jax.devices import compute_capability
+from vit_jax.models.gpu import compute_capability
 from vit_jax.models.precision import einsum_float32
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
@@ -168,7 +168,9 @@ def product_apart(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _product_forward(x, kernel):
-    return product_apart(x, kernel), (x, kernel)
+    # Written out: remat's policies look for products, and not into functions of custom gradients.
+    apart = jax.lax.optimization_barrier((x, kernel))
+    return jnp.matmul(*apart), (x, kernel)
 
 
 def _product_backward(operands, cotangent):

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vit_jax.devices import compute_capability
+from vit_jax.models.gpu import compute_capability
 
 _SLOPE = math.sqrt(8 / math.pi)
 _CUBIC = 0.044715

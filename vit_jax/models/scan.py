@@ -6,16 +6,21 @@ functions take any tree that contains parameter trees, an optimizer state for ex
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _BLOCK = "encoderblock"
 
 
-def unstack_blocks(tree: Any) -> Any:
-    """Replaces every stacked `encoderblock` by `encoderblock_{i}`; leaves other trees alone."""
+def unstack_blocks(
+    tree: Any, block: Callable[[Any, int], Any] = lambda leaf, index: leaf[index]
+) -> Any:
+    """Replaces every stacked `encoderblock` by `encoderblock_{i}`; leaves other trees alone.
+    `block` takes the part of a block out of a stacked leaf."""
 
     def unstack(node):
         blocks = node[_BLOCK]
@@ -23,21 +28,24 @@ def unstack_blocks(tree: Any) -> Any:
         count = leaves[0].shape[0] if leaves else 0
         rest = {k: v for k, v in node.items() if k != _BLOCK}
         return rest | {
-            f"{_BLOCK}_{i}": jax.tree.map(lambda x: x[i], blocks) for i in range(count)  # noqa: B023
+            f"{_BLOCK}_{i}": jax.tree.map(lambda x, i=i: block(x, i), blocks) for i in range(count)
         }
 
     return _map_dicts(unstack, tree, lambda node: _BLOCK in node)
 
 
 def stack_blocks(tree: Any) -> Any:
-    """The inverse of `unstack_blocks`."""
+    """The inverse of `unstack_blocks`. NumPy's arrays stay on the host."""
+
+    def stacked(*parts):
+        return (np if isinstance(parts[0], np.ndarray) else jnp).stack(parts)
 
     def stack(node):
         names = sorted((k for k in node if re.fullmatch(rf"{_BLOCK}_\d+", k)),
                        key=lambda k: int(k.rsplit("_", 1)[1]))
         rest = {k: v for k, v in node.items() if k not in names}
         return rest | {
-            _BLOCK: jax.tree.map(lambda *xs: jnp.stack(xs), *(node[k] for k in names))
+            _BLOCK: jax.tree.map(stacked, *(node[k] for k in names))
         }
 
     return _map_dicts(stack, tree, lambda node: f"{_BLOCK}_0" in node)

@@ -182,7 +182,7 @@ class Encoder(nn.Module):
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     scan_layers: bool = False
-    scan_unroll: int = 1
+    scan_unroll: bool = False
     remat: str = "none"
 
     @nn.compact
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
             return block(x, grid=grid, train=train,
                          drop_branch_rate=rate if self.stochastic_depth_rate else None)
 
-        loop = self.scan_layers and 0 < self.scan_unroll < self.num_layers
+        loop = self.scan_layers and not self.scan_unroll
         if self.remat != "none":
             # In a loop there is nothing to be found equal to what is computed a second time.
             run = nn.remat(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not loop)
@@ -247,7 +247,7 @@ class Encoder(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
-            unroll=self.scan_unroll,
+            unroll=self.num_layers if self.scan_unroll else 1,
         )
         x, _ = scanned(Encoder1DBlock(**self.block, name="encoderblock"), x, jnp.asarray(rates))
         return x
@@ -278,8 +278,7 @@ class VisionTransformer(nn.Module):
       stochastic_depth_rate: probability to skip a residual branch in the last block.
       dtype: type of the computation; parameters, LayerNorm, softmax and logits are float32.
       scan_layers: one compiled block run in a loop; parameters get a leading layer axis.
-      scan_unroll: blocks in one turn of that loop; 0 for all, which leaves no loop, but the
-        parameters in few arrays.
+      scan_unroll: leaves of `scan_layers` no loop, but the parameters with a layer axis.
       remat: what the backward pass recomputes: 'none', 'full', 'dots' (all but matrix products
         with weights), 'names' (all but attention outputs and MLP hidden layers).
       attention_implementation: 'xla', 'cudnn' (NVIDIA's fused kernel, for bfloat16), or 'auto' for
@@ -306,7 +305,7 @@ class VisionTransformer(nn.Module):
     stochastic_depth_rate: float = 0.0
     dtype: Any = jnp.float32
     scan_layers: bool = False
-    scan_unroll: int = 1
+    scan_unroll: bool = False
     remat: str = "none"
     attention_implementation: str = "auto"
     activation: str = "gelu_tanh"

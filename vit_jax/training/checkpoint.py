@@ -114,18 +114,13 @@ class Checkpoints:
           state: shapes and types of the state as the run has it.
           shardings: where its leaves belong; the mesh may be another than when it was saved.
         """
-        stacked = "encoderblock" in state.params.get("Transformer", {})
-        on_disk = jax.eval_shape(_to_disk, state)
-        if not stacked:
-            on_disk = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), on_disk, shardings)
-            return TrainState(**self._restore_state(step, _fields(on_disk)))
-        mesh = jax.tree.leaves(shardings)[0].mesh
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        on_disk = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), on_disk)
-        unstacked = TrainState(**self._restore_state(step, _fields(on_disk)))
-        return jax.jit(stack_blocks, out_shardings=shardings)(unstacked)
+        wanted = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        on_disk = unstack_blocks(wanted, _block_of)
+        restored = TrainState(**self._restore_state(step, _fields(on_disk)))
+        if not _is_stacked(state):
+            return restored
+        return jax.jit(stack_blocks, out_shardings=shardings)(restored)
 
     def restore_arrays(self, step: int) -> dict[str, Any]:
         """The train state as it is on disk: nested dictionaries and lists of NumPy arrays."""
@@ -153,10 +148,20 @@ def _fields(state):
     return {name: value for name, value in vars(state).items() if value is not None}
 
 
+def _is_stacked(state):
+    return "encoderblock" in state.params.get("Transformer", {})
+
+
+def _block_of(stacked: jax.ShapeDtypeStruct, index: int) -> jax.ShapeDtypeStruct:
+    """One block of a stacked array, on the devices where its numbers will be."""
+    mesh, spec = stacked.sharding.mesh, stacked.sharding.spec
+    return jax.ShapeDtypeStruct(
+        stacked.shape[1:], stacked.dtype,
+        sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec[1:])))
+
+
 def _to_disk(state):
-    if "encoderblock" not in state.params.get("Transformer", {}):
-        return state
-    return jax.jit(unstack_blocks)(state)
+    return jax.jit(unstack_blocks)(state) if _is_stacked(state) else state
 
 
 def describe_run(

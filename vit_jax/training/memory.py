@@ -134,7 +134,9 @@ class Planner:
             if remat != (other.model.remat or "none"):
                 other.model.remat = remat
             if remat != "none":
-                other.model.scan_layers, other.model.scan_unroll = True, None
+                other.model.scan_layers = True
+                if other.model.scan_unroll:
+                    other.model.scan_unroll = False
             if fsdp > 1:
                 other.parallelism = "jit"
             yield other
@@ -212,7 +214,7 @@ class Planner:
 
 def has_loop(config: ml_collections.ConfigDict) -> bool:
     """Whether the model of the config loops over its blocks."""
-    return bool(config.model.scan_layers) and config.model.scan_unroll != 0
+    return bool(config.model.scan_layers and not config.model.scan_unroll)
 
 
 def resolve_mesh(config: ml_collections.ConfigDict, devices: int) -> AbstractMesh:

@@ -88,17 +88,18 @@ def build_model(
 def group_blocks(
     model: nn.Module, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> nn.Module:
-    """The model as a run holds it, which computes the same: on GPUs without a loop over the blocks,
-    but with the parameters of all blocks in as few arrays as one block has.
+    """The same model for a run on GPUs: without a loop over the blocks, but with the parameters of
+    all blocks in as few arrays as one block has. (Dropout and stochastic depth draw other numbers.)
 
     An array costs some of the smallest kernels there are, for its cast and its update, and a small
     model spends a good part of a step on those. A config that says `model.scan_layers` itself, or
-    freezes parameters by the names that they have in single blocks, is left alone.
+    freezes parameters by the names that they have in single blocks, is left alone. To save or
+    restore a checkpoint takes a second copy of the state on the devices for a moment.
     """
     if (not isinstance(model, VisionTransformer) or config.model.scan_layers is not None
             or config.optimizer.frozen or mesh.devices.flat[0].platform != "gpu"):
         return model
-    return model.clone(scan_layers=True, scan_unroll=0)
+    return model.clone(scan_layers=True, scan_unroll=True)
 
 
 def model_to_json(model: nn.Module) -> dict[str, Any]:
@@ -149,8 +150,8 @@ def _trace(model, size):
 
 
 def _init_params(model, size, seed):
-    grouped = getattr(model, "scan_layers", False) and model.scan_unroll == 0
-    if grouped:  # a loop would draw other numbers
+    grouped = getattr(model, "scan_layers", False) and model.scan_unroll
+    if grouped:  # the numbers of a model without scan_layers
         model = model.clone(scan_layers=False)
     params = model.init(jax.random.key(seed), jnp.zeros((1, *size, 3)), train=False)["params"]
     return stack_blocks(params) if grouped else params
