@@ -112,3 +112,22 @@ def test_a_checkpoint_without_a_head(tiny_config, tmp_path):
              **flatten(random_params(build_model(config, 0, (8, 8)), (8, 8))))
     with pytest.raises(UserError, match="features.npz has no classes to evaluate; probe its fea"):
         evaluate_checkpoint(config, tmp_path / "features.npz")
+
+
+def test_blocks_in_few_arrays_evaluate_as_by_themselves(tiny_config, tmp_path, monkeypatch):
+    """As on GPUs."""
+    config = validate(tiny_config)
+    model = build_model(config, 10, (8, 8))
+    path = tmp_path / "a.npz"
+    np.savez(path, **flatten(random_params(model, (8, 8))))
+    alone = evaluate_checkpoint(config, path)
+    seen = []
+
+    def group(model, config, mesh):
+        seen.append(model.clone(scan_layers=True, scan_unroll=True))
+        return seen[-1]
+
+    monkeypatch.setattr("vit_jax.evaluate.group_blocks", group)
+    grouped = evaluate_checkpoint(config, path)
+    assert len(seen) == 1
+    assert grouped.scalars() == pytest.approx(alone.scalars(), rel=1e-5)
