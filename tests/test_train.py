@@ -236,41 +236,34 @@ def test_scanned_layers_resume_from_unstacked_checkpoints(tmp_path):
 
 
 def test_blocks_in_few_arrays_train_as_by_themselves(tmp_path, monkeypatch):
-    """As on GPUs: the same initial and final parameters, and one checkpoint for both layouts."""
-    adam = ["--config.optimizer.name=adamw", "--config.optimizer.learning_rate=1e-3"]
-    main([TINY, f"--workdir={tmp_path / 'plain'}", *adam])
-    main([TINY, f"--workdir={tmp_path / 'mixed'}", *adam, "--config.total_steps=4"])
-    seen = []
+    """As on GPUs, from another checkpoint and with averages, which are two trees that begin as one;
+    then continued without."""
+    start, alone, grouped = (tmp_path / name for name in ("start", "alone", "grouped"))
+    main([TINY, f"--workdir={start}", "--config.total_steps=1"])
+    tuned = [TINY, f"--config.init={start}", "--config.ema_decay=0.9",
+             "--config.optimizer.name=adamw", "--config.optimizer.learning_rate=1e-3"]
+    main([*tuned, f"--workdir={alone}"])
+    models = []
 
     def group(model, config, mesh):
         fake = types.SimpleNamespace(
             devices=np.array([types.SimpleNamespace(platform="gpu")], object))
-        seen.append(group_blocks(model, config, fake))
-        return seen[-1]
+        models.append(group_blocks(model, config, fake))
+        return models[-1]
 
-    monkeypatch.setattr("vit_jax.train.group_blocks", group)
-    main([TINY, f"--workdir={tmp_path / 'grouped'}", *adam])
-    main([TINY, f"--workdir={tmp_path / 'mixed'}", *adam])
-    assert [(model.scan_layers, model.scan_unroll) for model in seen] == [(True, True)] * 2
-    plain, grouped, mixed = (final_state(tmp_path / name)[1]
-                             for name in ("plain", "grouped", "mixed"))
-    # Adam's first steps are of the size of the learning rate, whatever the gradient's.
-    for other in (grouped, mixed):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5),
-                     other["params"], plain["params"])
+    with monkeypatch.context() as gpu:
+        gpu.setattr("vit_jax.train.group_blocks", group)
+        main([*tuned, f"--workdir={grouped}", "--config.total_steps=4"])
+    assert [(model.scan_layers, model.scan_unroll) for model in models] == [(True, True)]
     metas = []
-    for name in ("plain", "grouped"):
-        checkpoints = Checkpoints(tmp_path / name / "checkpoints", writable=False)
-        metas.append(checkpoints.meta(6)["model"])
+    for workdir in (alone, grouped):
+        checkpoints = Checkpoints(workdir / "checkpoints", writable=False)
+        metas.append(checkpoints.meta(checkpoints.last_step)["model"])
         checkpoints.close()
     assert metas[0] == metas[1] and not metas[1]["scan_layers"]
-
-    # From another checkpoint, with averages: two trees that begin as one.
-    tuned = [*adam, f"--config.init={tmp_path / 'plain'}", "--config.ema_decay=0.9"]
-    main([TINY, f"--workdir={tmp_path / 'tuned-grouped'}", *tuned])
-    monkeypatch.undo()
-    main([TINY, f"--workdir={tmp_path / 'tuned'}", *tuned])
-    states = [final_state(tmp_path / name)[1] for name in ("tuned-grouped", "tuned")]
+    main([*tuned, f"--workdir={grouped}"])
+    states = [final_state(workdir)[1] for workdir in (alone, grouped)]
+    # Adam's first steps are of the size of the learning rate, whatever the gradient's.
     for tree in ("params", "ema_params"):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5),
                      *(state[tree] for state in states))
