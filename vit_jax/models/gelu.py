@@ -33,7 +33,7 @@ def gelu(x: jax.Array, approximate: bool) -> jax.Array:
 def _cublas_computes_it(dtype) -> bool:
     """Whether a matrix product with GELU behind it takes less time than both by themselves. So it
     is reported of 16 bits on the GPUs of data centers since Hopper, and the opposite of others
-    (github.com/karpathy/llm.c, pull requests 338 and 591; sgl-project/sglang, 34350)."""
+    (github.com/karpathy/llm.c, pull requests 338 and 591; sgl-project/sglang, 28168 and 34350)."""
     return dtype.itemsize == 2 and (9, 0) <= compute_capability() < (11, 0)
 
 
