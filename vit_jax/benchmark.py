@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,13 +16,13 @@ import ml_collections
 
 from vit_jax import cli, devices
 from vit_jax import config as config_lib
-from vit_jax.benchmarking import models, pipelines, report
+from vit_jax.benchmarking import capacity, models, pipelines, report
 from vit_jax.benchmarking.peer import PEERS, Peer
 from vit_jax.benchmarking.photos import Photos, make_photos
 from vit_jax.benchmarking.profile import profile
 from vit_jax.benchmarking.stall import checkpoint_stall
 from vit_jax.benchmarking.startup import cold_and_warm
-from vit_jax.benchmarking.timing import Timing, alternate, largest, ratio
+from vit_jax.benchmarking.timing import Timing, alternate, ratio
 from vit_jax.checkpoints.targets import timm_name
 from vit_jax.data.pipeline import available_cores
 from vit_jax.errors import UserError
@@ -46,42 +47,90 @@ _SHARED_KEYS = dict.fromkeys(("train", "infer"), ("dtype", "data.image_size",
                              "model.attention_implementation", "model.activation")) | {
     "input": ("data.image_size", "data.workers", "data.worker_kind", "data.crop_area",
               "data.crop_aspect")}
-_LARGEST_BATCH = 65_536
+LARGEST = "largest"  # --batch_sizes
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command; see `--help`."""
     overrides, rest = cli.split_overrides(arguments)
     flags = _parse(rest)
-    variants = [_variant(name) for name in flags.variants.split(",")] if flags.variants else []
     against = flags.against.split(",") if flags.against else []
-    if against and flags.what != "input":
-        # A GPU's memory is shared with the other process, so that none is taken ahead.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _check(flags, overrides, against)
     flags.seconds = flags.seconds or _SECONDS
-    if not variants and flags.what != "input":
-        variants = ["S/16"]
+    if flags.what == "input":
+        about, rows = _measure_input(flags, overrides, _variants(flags), against)
+    else:
+        pieces = [(variant, batch_size) for variant in _variants(flags) or ["S/16"]
+                  for batch_size in _batch_sizes(flags)]
+        for variant, batch_size in pieces:  # mistakes before the first is measured
+            _config(overrides, variant, None if batch_size == LARGEST else batch_size)
+        if len(pieces) > 1:
+            _each_by_itself(arguments, flags, pieces)
+            return
+        ((variant, batch_size),) = pieces
+        measure = {"checkpoint": _measure_checkpoint, "startup": _measure_startup}.get(
+            flags.what, _measure_largest if batch_size == LARGEST else _measure_model)
+        try:
+            about, rows = measure(flags, overrides, variant, batch_size, against)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"{variant} with --batch_sizes={batch_size} does not fit into this device's "
+                f"memory; --batch_sizes={LARGEST} finds what does.") from error
+    _report(flags, report.environment(arguments) | about, rows)
 
-    measure = {"train": _measure_models, "infer": _measure_models, "input": _measure_input,
-               "checkpoint": _measure_checkpoint, "startup": _measure_startup}[flags.what]
-    rows, extra = measure(flags, overrides, variants, against)
-    about = report.environment(arguments) | extra
-    profiles = extra.pop("profiles", [])
+
+def _each_by_itself(arguments, flags, pieces):
+    """Measures every (variant, batch size) in a process of its own, since JAX keeps what memory it
+    had of a GPU; what is found is shown and written as it comes, whatever fails after it."""
+    rows, about, failed = [], {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for variant, batch_size in pieces:
+            run = subprocess.run(
+                [sys.executable, "-m", __spec__.name, *arguments, f"--variants={variant}",
+                 f"--batch_sizes={batch_size}", f"--out={folder}"],
+                stdout=subprocess.DEVNULL, check=False)
+            if run.returncode:
+                failed.append(f"{variant} with {batch_size}")
+                continue
+            found = report.read(Path(folder))
+            rows += found.pop("rows")
+            profiles = about.get("profiles", []) + found.pop("profiles", [])
+            about = found | {"command": report.command(arguments)} | (
+                {"profiles": profiles} if profiles else {})
+            print(report.format_table(rows), end="\n\n", file=sys.stderr, flush=True)
+            if flags.out:
+                report.write(Path(flags.out), about, rows, _chart(flags))
+    if rows:
+        _report(flags, about, rows)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(pieces)} measurements failed, as said above: "
+                        f"{', '.join(failed)}.")
+
+
+def _report(flags, about, rows):
     print(f"{about['devices']}; {about['cpu']}, {about['cores']} cores; "
           f"jax {about['packages']['jax']}; commit {about['commit']}")
-    for key, value in extra.items():
-        print(f"{key}: {value}")
+    for key in ("matmul TFLOP/s", "photos", "cores used"):
+        if key in about:
+            print(f"{key}: {about[key]}")
     print(report.format_table(rows))
-    if profiles:
+    if "profiles" in about:
         print("\nShares of a step's time (docs/performance.md)")
-        print(report.format_table(profiles))
+        print(report.format_table(about["profiles"]))
     if flags.out:
-        chart = {"input": ("side", "images/s"), "checkpoint": ("variant", "blocked ms"),
-                 "startup": ("variant cache", "total s")}
-        models_chart = (("variant side", "largest batch") if flags.batch_sizes == "largest"
-                        else ("variant batch side", "images/s"))
-        report.write(Path(flags.out), about, rows, chart.get(flags.what, models_chart))
+        report.write(Path(flags.out), about, rows, _chart(flags))
+        print(f"Wrote benchmark.json, .csv and .png to {flags.out}.")
+
+
+def _chart(flags):
+    """What the bars are; see `report.write`."""
+    charts = {"input": ("side", "images/s"), "checkpoint": ("variant", "blocked ms"),
+              "startup": ("variant cache", "total s")}
+    if flags.batch_sizes == LARGEST:
+        return "variant side", "largest batch"
+    return charts.get(flags.what, ("variant batch side", "images/s"))
 
 
 def _parse(arguments) -> argparse.Namespace:
@@ -121,14 +170,16 @@ def _parse(arguments) -> argparse.Namespace:
     return flags
 
 
-def _variant(name):
+def _variants(flags):
     try:
-        return canonical_name(name)
+        return [canonical_name(name) for name in flags.variants.split(",") if flags.variants]
     except ValueError as error:
         raise UserError(f"--variants: {error}") from None
 
 
 def _batch_sizes(flags):
+    if flags.batch_sizes == LARGEST and flags.what in ("train", "infer"):
+        return [LARGEST]
     sizes = flags.batch_sizes.split(",")
     for text in sizes:
         if not (text.isdecimal() and int(text)):
@@ -148,12 +199,8 @@ def _check(flags, overrides, against):
         raise UserError("--images is for --what=input.")
     if flags.seconds and flags.what in ("checkpoint", "startup"):
         raise UserError(f"--seconds has no effect on --what={flags.what}; --rounds has.")
-    if flags.profile and (flags.what not in ("train", "infer") or flags.batch_sizes == "largest"):
+    if flags.profile and (flags.what not in ("train", "infer") or flags.batch_sizes == LARGEST):
         raise UserError("--profile is for --what=train and --what=infer of given --batch_sizes.")
-    beside = against and flags.what != "input"
-    if beside and len(jax.devices()) > 1 and jax.default_backend() != "cpu":
-        raise UserError("--against compares one device with one; show this process a single one "
-                        "(CUDA_VISIBLE_DEVICES=0).")
     followed = [(_KEYS[flags.what], f"--what={flags.what}"),
                 *((_SHARED_KEYS[flags.what], f"--against={name}") for name in against)]
     for key, text in overrides.items():
@@ -166,13 +213,16 @@ def _check(flags, overrides, against):
                                 f"These have one: {', '.join(keys)}.")
 
 
-def _config(overrides, **settings) -> ml_collections.ConfigDict:
+def _config(
+    overrides: dict[str, str], variant: str | None, batch_size: int | None
+) -> ml_collections.ConfigDict:
     """A run on noise with AdamW; what the command line says has the last word."""
     config = config_lib.base_config()
     settings = {"total_steps": 1000, "data.source": "synthetic", "optimizer.weight_decay": 0.1,
-                } | settings
+                "model.variant": variant, "batch_size": batch_size}
     for key, value in settings.items():
-        config_lib.set_value(config, key, value)
+        if value is not None:
+            config_lib.set_value(config, key, value)
     cli.apply_overrides(config, overrides)
     return config_lib.validate(config)
 
@@ -180,29 +230,17 @@ def _config(overrides, **settings) -> ml_collections.ConfigDict:
 # --- Training and inference ------------------------------------------------------------------
 
 
-def _measure_models(flags, overrides, variants, against):
-    rows, rates, profiles = [], None, []
-    for variant in variants:
-        if flags.batch_sizes == "largest":
-            rows += _largest_batches(flags, overrides, variant, against)
-            continue
-        for batch_size in _batch_sizes(flags):
-            config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
-            found, rates, shares = _measure_model(flags, config, variant, against)
-            rows += found
-            profiles += shares
-    return rows, ({"matmul TFLOP/s": rates, "profiles": profiles} if rates else {})
-
-
-def _measure_model(flags, config, variant, against):
-    """Rows of one variant and batch size, the rates of this device's matrix products, and rows of
-    the profile if it is asked for."""
-    build = models.training if flags.what == "train" else models.inference
+def _measure_model(flags, overrides, variant, batch_size, against):
+    config = _config(overrides, variant, batch_size)
+    if against:
+        # A GPU's memory is shared with the other process, so that none is taken ahead.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        _check_one_device(jax.default_backend(), len(jax.devices()))
     with contextlib.ExitStack() as stack:
         peers = {name: stack.enter_context(contextlib.closing(
             Peer(name, _task(flags.what, config, variant), flags.peer_python)))
             for name in against}
-        work = build(config)
+        work = models.BUILD[flags.what](config)
         for name, peer in peers.items():
             if peer.about["parameters"] != work.parameters:
                 raise UserError(
@@ -241,13 +279,31 @@ def _measure_model(flags, config, variant, against):
             "vit_jax is faster by": None if side == "vit_jax" else ratio(ours, timing),
             "library": about["library"],
         })
-    shares = profile(work.executable, work.call) if flags.profile else []
-    if flags.profile and not shares:
-        print("The trace names no operations; on a GPU try again with "
-              "XLA_FLAGS=--xla_gpu_enable_command_buffer=", file=sys.stderr)
-    return rows, {shape: round(rate, 4) for shape, rate in rates.items()}, [
-        {"variant": variant, "batch": batch, "part": share.part, "%": 100 * share.total,
-         "of it products": 100 * share.products} for share in shares]
+    about = {"matmul TFLOP/s": {shape: round(rate, 4) for shape, rate in rates.items()}}
+    if flags.profile:
+        about["profiles"] = [
+            {"variant": variant, "batch": batch, "part": share.part, "%": 100 * share.total,
+             "of it products": 100 * share.products} for share in _profile(work)]
+    return about, rows
+
+
+def _check_one_device(platform, number):
+    if platform != "cpu" and number > 1:
+        raise UserError("--against compares one device with one; show this process a single one "
+                        "(CUDA_VISIBLE_DEVICES=0).")
+
+
+def _profile(work):
+    """After everything else, and without a claim on it: what fails here takes nothing away."""
+    try:
+        shares = profile(work.executable, work.call)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"--profile failed: {error}", file=sys.stderr)
+        return []
+    if not shares:
+        print("--profile: the trace names no operations. On a GPU that is CUPTI's work: is it "
+              "installed, and may this user profile?", file=sys.stderr)
+    return shares
 
 
 def _rates(timing: Timing, images: int):
@@ -267,42 +323,37 @@ def _task(what, config, variant):
     }
 
 
-def _largest_batches(flags, overrides, variant, against):
-    """Rows of the largest batch of every side. The peers come first: JAX, which takes no memory
-    before it needs some, does not give it back."""
-    def config(batch_size):
-        return _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
+def _measure_largest(flags, overrides, variant, _, against):
+    platform, shards = capacity.devices()
+    if platform == "cpu":
+        raise UserError(f"--batch_sizes={LARGEST} needs an accelerator; a CPU's memory is shared, "
+                        "and what fits is not for one process to find out.")
+    if against:
+        _check_one_device(platform, shards)
+    tries = {}
 
-    def peer_fits(name, batch_size):
+    def ours(number, cache):
+        config = config_lib.to_json(_config(overrides, variant, shards * number))
+        tries[number] = capacity.attempt(flags.what, json.dumps(config), cache)
+        return tries[number].failure
+
+    def peers(name, number):
+        task = _task(flags.what, _config(overrides, variant, number), variant)
         try:
-            Peer(name, _task(flags.what, config(batch_size), variant), flags.peer_python).close()
+            Peer(name, task, flags.peer_python).close()
         except UserError as error:
-            if "does not fit" in str(error):
-                return False
-            raise
-        return True
+            return str(error)
+        return ""
 
-    def fits(batch_size):
-        build = models.training if flags.what == "train" else models.inference
-        try:
-            build(config(batch_size)).run(1)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                return False
-            raise
-        return True
-
-    if jax.default_backend() == "cpu":
-        raise UserError("--batch_sizes=largest needs an accelerator; a CPU's memory is shared, and "
-                        "what fits is not for one process to find out.")
-    found = {name: largest(lambda n: peer_fits(name, n), _LARGEST_BATCH)  # noqa: B023
-             for name in against}
-    shards = len(jax.devices())
-    found = {"vit_jax": shards * largest(
-        lambda n: fits(shards * n), _LARGEST_BATCH // shards)} | found
-    return [{"variant": variant, "dtype": config(shards).dtype, "side": side,
-             "largest batch": batch}
-            for side, batch in found.items()]
+    with tempfile.TemporaryDirectory() as cache:
+        number = capacity.search("vit_jax", lambda number: ours(number, cache), shards)
+    row = {"variant": variant, "dtype": _config(overrides, variant, shards).dtype}
+    rows = [row | {"side": "vit_jax", "largest batch": shards * number,
+                   "XLA recomputes": tries[number].recomputed if number else None}]
+    for name in against:
+        batch = capacity.search(name, lambda number: peers(name, number))  # noqa: B023
+        rows.append(row | {"side": name, "largest batch": batch})
+    return {}, rows
 
 
 # --- Everything else -------------------------------------------------------------------------
@@ -317,7 +368,7 @@ def _measure_input(flags, overrides, variants, against):
         if not flags.images:
             make_photos(folder)
         photos = Photos(folder)
-        config = _config(overrides, batch_size=batch_size)
+        config = _config(overrides, None, batch_size)
         workers = available_cores() if config.data.workers is None else config.data.workers
         cores = min(max(1, workers), available_cores())
         task = {"paths": photos.paths, "batch_size": batch_size, "workers": max(1, workers),
@@ -337,8 +388,8 @@ def _measure_input(flags, overrides, variants, against):
                 "library": peers[side].about["library"] if side in peers else "",
             })
         for variant in variants:
-            settings = {"model.variant": variant, "batch_size": batch_size}
-            with pipelines.fed_training(_config(overrides, **settings), photos) as (fed, synthetic):
+            config = _config(overrides, variant, batch_size)
+            with pipelines.fed_training(config, photos) as (fed, synthetic):
                 timings = alternate({"fed": fed, "memory": synthetic}, rounds=flags.rounds,
                                     seconds=lambda _: flags.seconds)
             rows += [{"side": f"training {variant} from {source}", **_rates(timing, batch_size),
@@ -346,41 +397,28 @@ def _measure_input(flags, overrides, variants, against):
                           timing, timings["memory"])}
                      for (name, timing), source in zip(
                          timings.items(), ("these photos", "memory"), strict=True)]
-    return rows, {"photos": f"{len(photos.paths):,} of {flags.images or '500x375 (made)'}",
-                  "cores used": cores}
+    return {"photos": f"{len(photos.paths):,} of {flags.images or '500x375 (made)'}",
+            "cores used": cores}, rows
 
 
-def _measure_checkpoint(flags, overrides, variants, _):
-    rows = []
-    for variant in variants:
-        for batch_size in _batch_sizes(flags):
-            config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
-            found = checkpoint_stall(config, saves=flags.rounds, steps=3)
-            slower = found.step_while_writing and found.step_while_writing / found.step
-            rows.append({
-                "variant": variant, "batch": batch_size, "GiB": found.bytes / 2**30,
-                "ms/step": 1e3 * found.step, "blocked ms": 1e3 * found.blocked,
-                "blocked steps": found.blocked / found.step, "written s": found.written,
-                "step while writing": slower,
-            })
-    return rows, {}
+def _measure_checkpoint(flags, overrides, variant, batch_size, _):
+    found = checkpoint_stall(
+        _config(overrides, variant, batch_size), saves=flags.rounds, steps=3)
+    slower = found.step_while_writing and found.step_while_writing / found.step
+    return {}, [{
+        "variant": variant, "batch": batch_size, "GiB": found.bytes / 2**30,
+        "ms/step": 1e3 * found.step, "blocked ms": 1e3 * found.blocked,
+        "blocked steps": found.blocked / found.step, "written s": found.written,
+        "step while writing": slower,
+    }]
 
 
-def _measure_startup(flags, overrides, variants, _):
-    rows = []
-    for variant in variants:
-        for batch_size in _batch_sizes(flags):
-            config = _config(overrides, **{"model.variant": variant, "batch_size": batch_size})
-            for cache, found in zip(
-                    ("cold", "warm"),
-                    cold_and_warm(json.dumps(config_lib.to_json(config)), flags.rounds),
-                    strict=True):
-                rows.append({
-                    "variant": variant, "cache": cache, "imports s": found.imports,
-                    "state s": found.state, "compile s": found.compile,
-                    "first step s": found.first_step, "total s": found.total,
-                })
-    return rows, {}
+def _measure_startup(flags, overrides, variant, batch_size, _):
+    config = json.dumps(config_lib.to_json(_config(overrides, variant, batch_size)))
+    return {}, [{
+        "variant": variant, "cache": cache, "imports s": found.imports, "state s": found.state,
+        "compile s": found.compile, "first step s": found.first_step, "total s": found.total,
+    } for cache, found in zip(("cold", "warm"), cold_and_warm(config, flags.rounds), strict=True)]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 from jaxprs import equations, named
 from tiny_models import abstract_params, apply, pixels, random_params, tiny
 
-from vit_jax.models import attention
+from vit_jax.models import attention, vit
 from vit_jax.models.attention import (
     MultiHeadDotProductAttention,
     attend,
@@ -200,18 +200,59 @@ def test_the_fused_kernel_changes_nothing(monkeypatch, length):
             lambda params, x: module.apply({"params": params}, x, train=True), params, x)
         return output, pull(cotangent)
 
-    expected, lengths = run(), []
+    expected, lengths = run(), fused(monkeypatch)
+    # Float32 sums of a few dozen numbers near 1, in another order: roundings of 6e-8 each.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6),
+                 run(), expected)
+    assert lengths == [fused_length(length)] and not lengths[0] % 2
+
+
+def fused(monkeypatch):
+    """Lets models take JAX's plain kernel as if it were cuDNN's; a list of the lengths it gets."""
+    lengths = []
 
     def kernel(query, key, value, length):
         lengths.append(query.shape[1])
         return fused_attend(query, key, value, length, implementation="xla")
 
-    monkeypatch.setattr(attention, "choose_implementation", lambda *_, **__: ("cudnn", ""))
+    for module in (attention, vit):
+        monkeypatch.setattr(module, "choose_implementation", lambda *_, **__: ("cudnn", ""))
     monkeypatch.setattr(attention, "fused_attend", kernel)
+    return lengths
+
+
+@pytest.mark.parametrize("options", [
+    dict(),
+    dict(register_tokens=1),
+    dict(position_embedding_at="every_layer"),
+    dict(position_embedding_at="every_layer_shared", scan_layers=True, remat="full"),
+    dict(scan_layers=True, scan_unroll=True, stochastic_depth_rate=0.5),
+], ids=str)
+def test_a_model_is_filled_up_once(monkeypatch, options):
+    """For the kernel, which is asked for even numbers of tokens, and changes nothing."""
+    def run(model):
+        params, key = random_params(model, 8, 8), jax.random.key(0)
+
+        def loss(params):
+            logits = model.apply({"params": params}, pixels(), train=True, rngs={"dropout": key})
+            return jnp.sum(jnp.sin(logits)), logits
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    model = tiny(classifier="token", **options)
+    expected, lengths = run(model), fused(monkeypatch)
     # Float32 sums of a few dozen numbers near 1, in another order: roundings of 6e-8 each.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6),
-                 run(), expected)
-    assert lengths == [fused_length(length)] and not lengths[0] % 2
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+                 run(model), expected)
+    assert set(lengths) == {6}
+
+    def fillings(layers):
+        deep = model.clone(num_layers=layers)
+        found = named(equations(lambda params: deep.apply(
+            {"params": params}, pixels(), train=False), abstract_params(deep, 8, 8)), "pad")
+        return sum(e.invars[0].aval.shape[:2] == (len(pixels()), 5) for e in found)
+
+    assert fillings(2) == fillings(3) == ("register_tokens" not in options)
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -131,6 +131,9 @@ def inference(config: ml_collections.ConfigDict) -> Work:
                 summary.parameters, _attention(model, config, train=False))
 
 
+BUILD = {"train": training, "infer": inference}
+
+
 def _attention(model, config, train) -> str:
     if not isinstance(model, VisionTransformer) or jax.default_backend() != "gpu":
         return ""

@@ -8,7 +8,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from matplotlib.figure import Figure
 
 from vit_jax.data.pipeline import available_cores
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "simplejpeg",
-             "opencv-python-headless")
+_PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
+             "nvidia-cudnn-cu13", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy",
+             "simplejpeg", "opencv-python-headless")
 
 Row = dict[str, Any]  # of one side: printed, and written to the CSV file, in the order of its keys
 
@@ -27,16 +27,29 @@ def environment(arguments: list[str]) -> dict[str, Any]:
     """Machine, versions, commit and command: what numbers mean nothing without."""
     devices = jax.devices()
     return {
-        "command": shlex.join(["python", "-m", "vit_jax.benchmark", *arguments]),
+        "command": command(arguments),
         "commit": _commit(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "cpu": _cpu(),
         "cores": available_cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "variables": {name: value for name, value in sorted(os.environ.items())
+                      if name.startswith(("XLA_", "JAX_"))},
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def command(arguments: list[str]) -> str:
+    """As it was typed."""
+    return shlex.join(["python", "-m", "vit_jax.benchmark", *arguments])
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit():
@@ -108,4 +121,8 @@ def write(folder: Path, about: dict[str, Any], rows: list[Row], chart: tuple[str
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{about['devices']}, {about['cpu']}, {about['cores']} cores", fontsize=8)
     figure.savefig(folder / "benchmark.png")
-    print(f"Wrote benchmark.json, .csv and .png to {folder}.", file=sys.stderr)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `write` has written: `about`, with the table under 'rows'."""
+    return json.loads((folder / "benchmark.json").read_text())

@@ -60,13 +60,13 @@ def ratio(first: Timing, second: Timing) -> float:
     return statistics.median(b / a for a, b in zip(first.rounds, second.rounds, strict=True))
 
 
-def largest(fits: Callable[[int], bool], limit: int) -> int:
+def largest(fits: Callable[[int], bool], limit: int, first: int = 1) -> int:
     """The largest number up to `limit` that fits, to one part in sixteen; 0 if 1 does not.
 
-    It doubles from 1 until something does not fit and then halves the gap, so nothing much larger
-    than what fits is tried.
+    It doubles from `first` until something does not fit and then halves the gap, so nothing much
+    larger than what fits, or than `first`, is tried.
     """
-    low, high = 0, 1
+    low, high = 0, min(first, limit)
     while high <= limit and fits(high):
         low, high = high, 2 * high
     high = min(high, limit + 1)

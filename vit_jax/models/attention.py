@@ -95,6 +95,11 @@ def fused_length(length: int) -> int:
     return length + length % 2
 
 
+def of_length(x: jax.Array, length: int) -> jax.Array:
+    """Tokens [B, N, D] cut, or filled up with zeros, to [B, length, D]."""
+    return jnp.pad(x[:, :length], ((0, 0), (0, max(0, length - x.shape[1])), (0, 0)))
+
+
 def fused_attend(
     query: jax.Array, key: jax.Array, value: jax.Array, length: int, implementation: str = "cudnn"
 ) -> jax.Array:
@@ -229,9 +234,14 @@ class MultiHeadDotProductAttention(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps tokens [B, N, D] to [B, N, D]."""
-        _, length, width = x.shape
+    def __call__(self, x: jax.Array, *, length: int | None = None, train: bool) -> jax.Array:
+        """Maps tokens [B, N, D] to [B, N, D].
+
+        Where `length` is given, the tokens after that many fill up for cuDNN's kernel: none attends
+        to them, and what they become means nothing.
+        """
+        _, tokens, width = x.shape
+        length = tokens if length is None else length
         x = x.astype(self.dtype)  # once, or the three gradients would be summed in float32
         if width % self.num_heads:
             raise ValueError(
@@ -250,9 +260,8 @@ class MultiHeadDotProductAttention(nn.Module):
             dropout_rate=self.dropout_rate if train else 0.0,
             relative_positions=self.relative_positions,
         )
-        if implementation == "cudnn":
-            # Here and not around the kernel, where XLA would copy eight arrays for it and not two.
-            x = jnp.pad(x, ((0, 0), (0, fused_length(length) - length), (0, 0)))
+        # Here and not around the kernel, where XLA would copy eight arrays for it and not two.
+        x = of_length(x, fused_length(length) if implementation == "cudnn" else length)
         query, key, value = (
             _Projection(self.num_heads, head_dim, self.dtype, implementation == "cudnn",
                         name=name)(x)
@@ -278,7 +287,7 @@ class MultiHeadDotProductAttention(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(),
             name="out",
         )(heads.reshape(-1, self.num_heads, head_dim))
-        return checkpoint_name(out.reshape(x.shape)[:, :length], "attention_out")
+        return checkpoint_name(of_length(out.reshape(x.shape), tokens), "attention_out")
 
     def _relative_logits(self, query, length, head_dim):
         """Logits [B, H, N, N] of the queries against one learned vector per offset p_q - p_k."""

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models import resnet
-from vit_jax.models.attention import MultiHeadDotProductAttention, choose_implementation
+from vit_jax.models.attention import (
+    MultiHeadDotProductAttention,
+    choose_implementation,
+    fused_length,
+    of_length,
+)
 from vit_jax.models.gelu import gelu
 from vit_jax.models.normalization import LayerNorm
 from vit_jax.models.partition import constrain_tokens
@@ -124,14 +129,14 @@ class Encoder1DBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, grid: tuple[int, int] | None = None, drop_branch_rate=None,
-        train: bool,
+        self, x: jax.Array, *, grid: tuple[int, int] | None = None, length: int | None = None,
+        drop_branch_rate=None, train: bool,
     ) -> jax.Array:
         """Maps tokens [B, N, D] to [B, N, D].
 
-        `grid` is that of the patches, which only a position embedding asks for. `drop_branch_rate`
-        is this block's probability to skip a residual branch (stochastic depth, drawn for each
-        image and branch); None for never.
+        `grid` is that of the patches, which only a position embedding asks for; `length` is that of
+        `MultiHeadDotProductAttention`. `drop_branch_rate` is this block's probability to skip a
+        residual branch (stochastic depth, drawn for each image and branch); None for never.
         """
 
         def residual(branch, i):
@@ -147,7 +152,8 @@ class Encoder1DBlock(nn.Module):
         x = constrain_tokens(x)
         if self.position_embedding is not None:
             positioned = AddPositionEmbs(self.position_embedding, name="posembed_input")
-            x = positioned(x, grid=grid).astype(self.dtype)
+            positions = positioned(jnp.zeros_like(x[:1, :length], jnp.float32), grid=grid)
+            x = (x + of_length(positions, x.shape[1])).astype(self.dtype)
         shape = x.shape
         # XLA's CPU backend runs sums and GELUs of [B * N, D] much faster than of [B, N, D].
         x = x.reshape(-1, shape[-1])
@@ -158,7 +164,7 @@ class Encoder1DBlock(nn.Module):
             dropout_rate=self.attention_dropout_rate,
             relative_positions=self.relative_positions,
             implementation=self.attention_implementation,
-        )(y, train=train).reshape(x.shape)
+        )(y, length=length, train=train).reshape(x.shape)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=not train)
         x = x + residual(y, 0)
 
@@ -186,9 +192,12 @@ class Encoder(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, grid: tuple[int, int], registers=None, train: bool):
+    def __call__(
+        self, x: jax.Array, *, grid: tuple[int, int], registers=None, fused: bool = False,
+        train: bool,
+    ) -> jax.Array:
         """Maps tokens [B, N, D] to [B, R + N, D], float32; registers [1, R, D] follow the class
-        token and get no position."""
+        token and get no position. `fused`: the blocks will take cuDNN's attention."""
         kind, shared = self.position_embedding, None
         if self.position_embedding_at != "stem":
             self._check_place(registers)
@@ -204,8 +213,11 @@ class Encoder(nn.Module):
             x = jnp.concatenate([x[:, :prefix], registers, x[:, prefix:]], axis=1)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         self.sow("intermediates", "tokens", x)
-        x = self._blocks(x, grid, shared, train)
-        return LayerNorm(name="encoder_norm")(x)
+        length = x.shape[1]
+        if fused:  # filled up once, and not in every block
+            x = of_length(x, fused_length(length))
+        x = self._blocks(x, grid, shared, length, train)
+        return LayerNorm(name="encoder_norm")(x[:, :length])
 
     def _check_place(self, registers):
         place, kind = self.position_embedding_at, self.position_embedding
@@ -222,15 +234,15 @@ class Encoder(nn.Module):
         raise ValueError(f"position_embedding_at={place!r} does not go with "
                          f"position_embedding={kind!r}: {reason}.")
 
-    def _blocks(self, x, grid, positions, train):
+    def _blocks(self, x, grid, positions, length, train):
         # Stochastic depth grows linearly, from 0 in the first block to the full rate in the last.
         rates = [self.stochastic_depth_rate * i / max(1, self.num_layers - 1)
                  for i in range(self.num_layers)]
 
         def run(block, x, rate):
             if positions is not None:
-                x = (x + positions).astype(x.dtype)
-            return block(x, grid=grid, train=train,
+                x = (x + of_length(positions, x.shape[1])).astype(x.dtype)
+            return block(x, grid=grid, length=length, train=train,
                          drop_branch_rate=rate if self.stochastic_depth_rate else None)
 
         loop = self.scan_layers and not self.scan_unroll
@@ -339,6 +351,9 @@ class VisionTransformer(nn.Module):
                 (1, self.register_tokens, self.hidden_size),
             )
 
+        # What records the attention weights cannot take a kernel that never holds them.
+        recording = self.is_mutable_collection("intermediates")
+        fused = not recording and self._kernel(x.shape[1], train)[0] == "cudnn"
         return Encoder(
             num_layers=self.num_layers,
             block=dict(
@@ -362,7 +377,7 @@ class VisionTransformer(nn.Module):
             scan_unroll=self.scan_unroll,
             remat=self.remat,
             name="Transformer",
-        )(x, grid=grid, registers=registers, train=train)
+        )(x, grid=grid, registers=registers, fused=fused, train=train)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -408,10 +423,14 @@ class VisionTransformer(nn.Module):
         see `choose_implementation`."""
         multiple = self.patch_size * self.stem_stride
         patches = (image_size[0] // multiple) * (image_size[1] // multiple)
+        return self._kernel(patches + ("token" in self.classifier), train)
+
+    @nn.nowrap
+    def _kernel(self, tokens, train):
         return choose_implementation(
             self.attention_implementation,
             dtype=self.dtype,
-            length=patches + self.register_tokens + ("token" in self.classifier),
+            length=tokens + self.register_tokens,
             head_dim=self.hidden_size // self.num_heads,
             dropout_rate=self.attention_dropout_rate if train else 0.0,
             relative_positions=self.position_embedding == "relative",
