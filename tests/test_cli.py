@@ -202,6 +202,17 @@ def test_how_a_command_ends(monkeypatch, capsys, raised, code, message):
     assert err.startswith(message) and err.count("\n") == 1
 
 
+def test_a_reader_that_has_had_enough():
+    """As in `python -m vit_jax.summary ... | head -1`: it ends quietly."""
+    code = "from vit_jax import cli; cli.run_command(lambda _: print('line\\n' * 10**5))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
+    process.stderr.close()
+
+
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(SystemExit) as end:

@@ -60,6 +60,9 @@ def make_photos(root, corrupt=()):
     (["--config.model.variant=B61"], "config.model.variant: Unknown model variant 'B61'"),
     (["--config.model.hidden_size=10", "--config.model.position_embedding=sincos_2d"],
      "config.model: sincos_2d needs a width divisible by 4 and at least 8, not 10."),
+    (["--config.data.eval_crop=center_crop", "--config.data.eval_resize=7",
+      "--config.data.image_size=8,16"],
+     "config.data.eval_resize=7 is smaller than the image_size 8"),
     (["--config.batch_size=12"], "config.batch_size=12 is not divisible by 8 (8 devices x 1 accum"),
     (["--config.accumulation_steps=4"], "config.batch_size=16 is not divisible by 32 (8 devices x"),
     (["--config.mesh.fsdp=3"], "config.mesh with data=-1, fsdp=3, tensor=1 does not fit 8 devices"),
@@ -221,6 +224,30 @@ def test_evaluating_as_something_else(photos_run, arguments, message):
 def test_photos_that_changed_since_the_run_began(photos_run):
     photos, _, arguments, _ = photos_run
     put(photos / "train" / "grey cats" / "new.png", 7)
+    more = [*arguments, "--config.data.on_bad_image=skip", "--config.total_steps=7"]
     with pytest.raises(UserError, match="number of training images was 20, now it is 21"):
-        main([*arguments, "--config.data.on_bad_image=skip", "--config.total_steps=7"])
-    (photos / "train" / "grey cats" / "new.png").unlink()
+        main(more)
+    (photos / "train" / "grey cats" / "new.png").rename(photos / "new.png")
+    cat = sorted((photos / "train" / "grey cats").iterdir())[0]
+    other = cat.rename(photos / "train" / "Äpfel" / "cat.png")
+    with pytest.raises(UserError, match="as many training images, but not the same, or not with"):
+        main(more)
+    other.rename(cat)
+
+
+def test_the_advice_about_a_bad_image_can_be_followed(tmp_path, capsys):
+    """Also by a run that has begun; and where there is nothing but such images, it says so."""
+    photos = make_photos(tmp_path / "photos", corrupt=["train/Äpfel/3.JPG"])
+    arguments = [*ONE_BLOCK, f"--workdir={tmp_path / 'run'}", "--config.eval_every=0",
+                 f"--config.data.source=folder:{photos}", "--config.checkpoint_every=1",
+                 "--config.batch_size=8", "--config.seed=1"]
+    with pytest.raises(UserError, match="on_bad_image=skip"):
+        main(arguments)
+    assert Checkpoints(tmp_path / "run" / "checkpoints", writable=False).last_step
+    main([*arguments, "--config.data.on_bad_image=skip"])
+    assert "Continuing from step" in capsys.readouterr().out
+
+    for image in (photos / "train").rglob("*.*"):
+        image.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the first .* the last .*the file is empty"):
+        main([*arguments, "--config.data.on_bad_image=skip", f"--workdir={tmp_path / 'empty'}"])

@@ -55,6 +55,9 @@ def run_command(command: Callable[[list[str]], None]) -> None:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception:
         _fail(traceback.format_exc(), 1)
     sys.stdout.flush()

@@ -229,6 +229,13 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         low, high = config.data[key]
         if low > high:
             raise UserError(f"config.data.{key}=({low}, {high}) must be (smallest, largest).")
+    smallest = min(image_size(config))
+    if config.data.eval_crop == "center_crop" and (config.data.eval_resize or smallest) < smallest:
+        raise UserError(
+            f"config.data.eval_resize={config.data.eval_resize} is smaller than the image_size "
+            f"{smallest}, which config.data.eval_crop='center_crop' cuts out of it; set it to "
+            f"{smallest} or more."
+        )
     if config.optimizer.name == "adam" and config.optimizer.weight_decay:
         raise UserError(
             "config.optimizer.name='adam' has no weight decay; use 'adamw' (decoupled decay) or "

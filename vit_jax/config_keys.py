@@ -215,8 +215,8 @@ FIELDS: dict[str, Field] = {
 # What a run may be resumed with although its workdir was started otherwise: nothing here changes
 # the stream of batches or the updates, save for rounding (and total_steps, which is announced).
 RESUMABLE = (
-    "data.workers", "data.worker_kind", "data.dir", "mesh.data", "mesh.fsdp", "mesh.tensor",
-    "parallelism",
+    "data.workers", "data.worker_kind", "data.dir", "data.on_bad_image",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "parallelism",
     "log_every", "eval_every", "checkpoint_every", "eval_batch_size", "total_steps", "epochs",
     "profile_steps", "probes.every", "probes.names", "probes.shots", "probes.source",
 )  # fmt: skip

@@ -31,6 +31,7 @@ from vit_jax.training.stop import StopSignal
 from vit_jax.training.task import make_task_loss
 
 _STEPS_IN_FLIGHT = 2  # how far Python may run ahead of the devices
+_BAD_FROM_THE_START = 64  # images, all of which would be too many to go on
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) -> None:
@@ -73,11 +74,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     for line in [*notes, *(f"changed since this run began: {change}" for change in changes)]:
         print(f"note: {line}")
     checkpoints = Checkpoints(workdir / "checkpoints")
-    meta = describe_run(config, plain, pixels, classes, len(train_source))
+    meta = describe_run(config, plain, pixels, classes, train_source)
     first_step = checkpoints.last_step or 0
     distributed.check_agreement({
         "config": config_lib.to_json(config), "last checkpoint": first_step,
-        "training set": (len(train_source), classes)})
+        "training set": (len(train_source), classes, train_source.identity())})
     if first_step > total_steps:
         raise UserError(f"{workdir} is at step {first_step}, beyond the {total_steps} steps asked "
                         "for; raise config.total_steps or use another --workdir.")
@@ -118,7 +119,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     unchecked = []  # (step, metrics) whose loss nobody has looked at yet
     best = checkpoints.best_metric
     saved_step = first_step
-    evaluation = None
+    evaluation, usable = None, False
 
     def save(step, scalars=None):
         check_finite(unchecked, workdir, checkpoints)
@@ -137,6 +138,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 with progress.waiting(metrics):
                     batch = next(batches)
+                usable = usable or batch["mask"].any()
+                if not usable and (step == total_steps or bad_images.count >= _BAD_FROM_THE_START):
+                    raise UserError(
+                        f"{train_source.name}: none of the first {bad_images.count} images could "
+                        f"be decoded, the last {bad_images.last}. Replace them by images that can.")
                 begin = time.perf_counter()
                 state, metrics = train_step(state, batch)
             unchecked.append((step, metrics))

@@ -86,6 +86,23 @@ def test_the_split_depends_on_names_only(tmp_path, monkeypatch):
     assert first == [os.path.relpath(path, tmp_path / "two") for path in origins(second)]
 
 
+def test_identity(tmp_path):
+    """The same wherever the folder is; another where an image got another name or another class."""
+    found = []
+    for place in ("here", "moved", "renamed", "relabelled"):
+        fill(tmp_path / place, cat=20, dog=20)
+        cat, dog = tmp_path / place / "cat", tmp_path / place / "dog"
+        image = sorted(cat.iterdir())[0]
+        if place == "renamed":
+            image.rename(cat / f"aa{image.suffix}")
+        if place == "relabelled":
+            image.rename(dog / f"zz{image.suffix}")
+        train, _ = both(tmp_path / place)
+        assert len(train) == 36
+        found.append(train.identity())
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
 def test_extensions_nested_folders_and_hidden_files(tmp_path):
     wanted = ["a.jpg", "b.JPEG", "c.Png", "d.webp", "e.BMP", "deep/er/f.JPG"]
     for name in wanted:

@@ -96,6 +96,21 @@ def test_records(tmp_path):
             train[index]
 
 
+def test_identity(tmp_path):
+    """That of the version, wherever it is."""
+    for place, version in (("here", "1.0.0"), ("there", "1.0.0"), ("newer", "1.1.0")):
+        write(tmp_path / place, version=version)
+    here, there, newer = (
+        both("tfds:pets", tmp_path / place)[0].identity() for place in ("here", "there", "newer"))
+    assert here == there != newer
+
+
+def test_label_names_that_are_cut_off(tmp_path):
+    write(tmp_path, names=("a", "b"))
+    assert "label.labels.txt names 2 classes, but features.json says 3" in refusal(
+        "tfds:pets", tmp_path)
+
+
 def test_places(tmp_path, monkeypatch):
     home = tmp_path / "home"
     write(home / "tensorflow_datasets", names=("in", "home", "c"))

@@ -45,6 +45,9 @@ class DigitsSplit:
     def labels(self) -> np.ndarray:
         return self._labels
 
+    def identity(self) -> str:
+        return self.name
+
 
 @functools.lru_cache(maxsize=1)
 def _digits() -> tuple[np.ndarray, np.ndarray]:
@@ -96,6 +99,9 @@ class SyntheticSplit:
 
     def labels(self) -> np.ndarray:
         return np.arange(self._length, dtype=np.int32) % len(self.class_names)
+
+    def identity(self) -> str:
+        return self.name
 
 
 # Outside the source, so that a pickled source stays small.

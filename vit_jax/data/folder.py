@@ -4,6 +4,7 @@
     PATH/train/cat/*.jpg ... PATH/val/cat/*.jpg ...    split by the user: train, val, test
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 
@@ -66,8 +67,7 @@ class Folder:
             root = self._join(split)
             self._check_classes(split)
             paths, labels = _list_images(root, self._class_names, _subfolders(root))
-        return FolderSplit(f"{self._where} split {split!r}", split, self._class_names, paths,
-                           labels)
+        return FolderSplit(self._path, split, self._class_names, paths, labels)
 
     def _join(self, *names: str) -> str:
         return os.path.join(self._path, *names)
@@ -135,10 +135,11 @@ class Folder:
 class FolderSplit:
     """The images of one split; files are read when they are asked for."""
 
-    def __init__(self, name: str, split: str, class_names: tuple[str, ...], paths: list[str],
+    def __init__(self, root: str, split: str, class_names: tuple[str, ...], paths: list[str],
                  labels: np.ndarray):
-        """`paths` n files, `labels` int32 [n] into `class_names`."""
-        self.name = name
+        """`paths` n files in `root`, `labels` int32 [n] into `class_names`."""
+        self.name = f"folder:{root} split {split!r}"
+        self._root = root
         self.split = split
         self.class_names = class_names
         self.paths = paths
@@ -159,6 +160,12 @@ class FolderSplit:
 
     def labels(self) -> np.ndarray:
         return self._labels
+
+    def identity(self) -> str:
+        names = "\0".join(path[len(self._root):] for path in self.paths)
+        listed = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
+        listed.update(self._labels.tobytes())
+        return listed.hexdigest()
 
 
 def _list_images(

@@ -31,6 +31,7 @@ class BadImages:
 
     def __init__(self, policy: str):
         self.policy = policy
+        self.last = ""  # for messages
         self._origins: set[str] = set()
         self._lock = threading.Lock()
 
@@ -43,12 +44,13 @@ class BadImages:
         """Raises UserError, or counts and says it once an image."""
         if self.policy == "error":
             raise UserError(
-                f"{origin} cannot be decoded: {reason}. Remove or replace it, or leave out such "
-                "images with --config.data.on_bad_image=skip."
+                f"{origin} cannot be decoded: {reason}. Replace it, or leave out such images with "
+                "--config.data.on_bad_image=skip."
             )
         with self._lock:
             new = origin not in self._origins
             self._origins.add(origin)
+            self.last = f"{origin} ({reason})"
         if new:
             logging.getLogger(__name__).warning("skipped %s: %s", origin, reason)
 

@@ -49,6 +49,11 @@ class Source(Protocol):
         """int32 [len]; None where that would mean reading a very large data set."""
         ...
 
+    def identity(self) -> str:
+        """Of which images there are, in which order and with which labels, wherever they lie. A run
+        that goes on with another one would train on images that it has tested, or the reverse."""
+        ...
+
 
 class DataSet(Protocol):
     """What a source string names, before a split is chosen."""

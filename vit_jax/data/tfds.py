@@ -60,6 +60,11 @@ class Tfds:
         self._where += f" in {folder}"
         self._origin = f"tfds:{self._builder.info.full_name}"
         self._class_names = class_names(features, self._where)
+        # TFDS takes as many classes as label.labels.txt has lines.
+        if len(self._class_names) != (promised := _promised_classes(folder)):
+            raise UserError(f"{self._where}: label.labels.txt names {len(self._class_names)} "
+                            f"classes, but features.json says {promised}; copy or prepare the data "
+                            "set again.")
 
     def default_eval_split(self) -> str:
         for split in ("validation", "test"):
@@ -135,6 +140,9 @@ class TfdsSplit:
             labels[rows] = [
                 _parse(example)[1] for example in self._records.read(rows.start, rows.stop)]
         return labels
+
+    def identity(self) -> str:
+        return self.name  # with the data set's version
 
 
 def _allow_open_files(count: int, what: str) -> None:
@@ -252,8 +260,17 @@ def _check_format(folder: str, name: str) -> None:
                         "not known; copy or prepare the data set again.")
 
 
+def _promised_classes(folder: str) -> int:
+    features = _json(folder, "features.json")["featuresDict"]["features"]
+    return int(features["label"]["classLabel"]["numClasses"])
+
+
 def _info(folder: str) -> dict:
-    path = os.path.join(folder, "dataset_info.json")
+    return _json(folder, "dataset_info.json")
+
+
+def _json(folder: str, name: str) -> dict:
+    path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
             return dict(json.load(file))

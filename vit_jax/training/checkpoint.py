@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 
 import vit_jax
 from vit_jax import config as config_lib
+from vit_jax.data.records import Source
 from vit_jax.errors import UserError
 from vit_jax.models.scan import stack_blocks, unstack_blocks
 from vit_jax.training.state import TrainState, model_to_json
@@ -169,14 +170,15 @@ def describe_run(
     model: nn.Module,
     pixels: Pixels,
     class_names: tuple[str, ...],
-    train_images: int,
+    train_source: Source,
 ) -> dict[str, Any]:
     """`meta` of a run's checkpoints: enough to use the weights without the command line."""
     return {
         "model": model_to_json(getattr(model, "backbone", model)),
         "config": config_lib.to_json(config),
         "class_names": list(class_names),
-        "train_images": train_images,
+        "train_images": len(train_source),
+        "train_identity": train_source.identity(),
         "preprocessing": {
             "image_size": list(config_lib.image_size(config)),
             "crop": config.data.eval_crop,
@@ -200,6 +202,12 @@ def check_same_data(meta: dict[str, Any], stored: dict[str, Any]) -> None:
                 f"The data changed since this run began: its {what} was {_short(stored[key])}, now "
                 f"it is {_short(meta[key])}. Restore the data, or use another --workdir."
             )
+    key = "train_identity"  # which older checkpoints do not have
+    if stored.get(key, meta[key]) != meta[key]:
+        raise UserError(
+            "The data changed since this run began: as many training images, but not the same, or "
+            f"not with the same labels ({_short(stored[key])} is now {_short(meta[key])}). Restore "
+            "the data, or use another --workdir.")
 
 
 def _short(value):
