@@ -160,6 +160,14 @@ def test_resize(photos, tmp_path):
     assert large and Image.open(io.BytesIO(large[0])).size == (1100 * 32 // 900, 32)
 
 
+def test_what_is_left_out_is_named(photos, tmp_path, capsys):
+    for number in range(12):
+        (photos / f"{number}.zip").write_bytes(b"")
+    prepare(photos, tmp_path / "out")
+    assert re.search(r"\nLeft out, being no folders of classes: 0.zip, 1.zip, 10.zip, .*, 7.zip, "
+                     r"and 2 more\.\n", capsys.readouterr().out)
+
+
 def test_imagenet(tmp_path, capsys):
     prepare(write_imagenet(tmp_path / "from"), tmp_path / "out", "--records_per_file=5")
     folder = tmp_path / "out" / "imagenet2012" / "1.0.0"

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from vit_jax import cli
@@ -21,7 +22,7 @@ from vit_jax.data.preparing.shards import Options, OutputFile, Preparation, Tall
 from vit_jax.errors import UserError
 from vit_jax.training.metrics import format_seconds
 
-_SHOWN = 10  # of the files left out; the rest is in bad_files.txt
+_SHOWN = 10  # of what is left out; the rest of the files is in bad_files.txt
 _SECONDS_BETWEEN_LINES = 10
 _BAR = 20  # characters
 
@@ -73,6 +74,8 @@ def main(arguments: list[str]) -> None:
         source, Path(flags.out).expanduser().absolute(), data_set_name(source, flags.name),
         Options(flags.resize, flags.quality, flags.records_per_file))
     _check_apart(source, preparation.folder)
+    if source.left_out:
+        print(f"Left out, being no folders of classes: {_enumerate(source.left_out)}.")
     print(f"Found {', '.join(f'{n:,} images for {name!r}' for name, n in source.splits.items())} "
           f"in {len(source.class_names):,} classes; {len(preparation.files):,} files go to "
           f"{preparation.folder}.", flush=True)
@@ -106,6 +109,11 @@ def data_set_name(source: Input, name: str | None) -> str:
         raise UserError(f"--name={name!r} must begin with a letter and have only letters, digits "
                         "and underscores.")
     return name
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
+    return ", ".join([*names[:_SHOWN], *more])
 
 
 def _check_apart(source: Input, folder: Path) -> None:

@@ -60,6 +60,19 @@ def test_a_part_does_not_decode_what_is_below_it(monkeypatch):
     assert rows == [10 + 70 + 16]
 
 
+def test_a_part_of_a_progressive_jpeg_whose_last_scans_are_missing():
+    """libjpeg smooths what it has, over many rows."""
+    data = encode(photo(200, 40), "JPEG", progressive=True, subsampling="4:2:0")
+    scans = [at for at in range(len(data)) if data.startswith(b"\xff\xda", at)]
+    for end in scans[1:4]:
+        cut = data[:end] + b"\xff\xd9"
+        whole = decode_image(cut, max_pixels=LIMIT)
+        image = open_image(cut, max_pixels=LIMIT)
+        assert isinstance(image, Jpeg)
+        for height in range(1, 150, 5):
+            np.testing.assert_array_equal(image.crop((0, 0, height, 40)), whole[:height])
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_part_of_a_turned_jpeg(orientation):
     exif = Image.Exif()

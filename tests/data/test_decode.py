@@ -68,6 +68,14 @@ def test_jpeg_is_bit_identical_to_pillow(size):
         check(data, pillow(data))
 
 
+def test_a_subsampling_that_simplejpeg_does_not_know():
+    """4:4:1: four rows of chroma to one of brightness."""
+    data = bytearray(encode(photo(37, 53), "JPEG", subsampling="4:4:4"))
+    data[data.index(b"\xff\xc0") + 11] = 0x14
+    check(bytes(data), pillow(bytes(data)))
+    assert isinstance(decode.open_image(bytes(data), max_pixels=LIMIT), decode.Whole)
+
+
 def test_cifar10_is_bit_identical_to_pillow(cifar10_dir):
     from vit_jax.data.sources import open_eval
 

@@ -381,5 +381,5 @@ print(len([split[index] for index in range(len(split))]))
             [sys.executable, "-c", code, str(hard)], text=True, capture_output=True)
 
     assert run(200).stdout == "100\n"
-    assert "split 'train' is in 100 files, which are all open at once, but only 90 may be" in (
+    assert "split 'train' needs 100 open files at once, but only 90 may be; raise the limit" in (
         run(90).stderr)

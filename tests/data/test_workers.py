@@ -4,6 +4,7 @@ import contextlib
 import gc
 import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -192,9 +193,11 @@ def test_a_helper_that_cannot_start(config, monkeypatch, capfd):
     assert "no room" in capfd.readouterr().err
 
 
-def test_another_helper_is_started(config):
+def test_another_helper_is_started(config, monkeypatch):
     take(validate(config), Numbered(10), 1)
     pid = helper()
+    # In a notebook; Python passes over what is no string.
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("elsewhere")])
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: gone(pid))
     assert take(validate(config), Numbered(10), 1)
@@ -272,6 +275,23 @@ def test_a_script_that_leaves_everything_open(tmp_path):
         [sys.executable, script], stderr=subprocess.PIPE, text=True, timeout=60,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_more_processes_than_files_may_be_open(config, monkeypatch):
+    """The soft limit is raised; where that is not enough, it is said."""
+    config.data.workers = 40
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lower = len(os.listdir("/proc/self/fd")) + 30
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard))
+    try:
+        assert take(validate(config), Numbered(50), 1)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard))
+        monkeypatch.setattr(workers, "allow_open_files", lambda *_: None)
+        with pytest.raises(UserError, match="40 processes .* cannot be started .Too many open files"
+                           ".; take fewer"):
+            take(validate(config), Numbered(50), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_processes_end_with_the_stream(config):

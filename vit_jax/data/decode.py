@@ -17,7 +17,14 @@ from PIL import Image, UnidentifiedImageError
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 # Markers of JPEG segments: the frame's, if baseline, extended or progressive; and EXIF's.
 _FRAMES, _EXIF = (0xC0, 0xC1, 0xC2), 0xE1
-_MARGIN = 16  # rows
+_PROGRESSIVE = 0xC2
+# Rows below a crop that have a say in its last ones. Chroma is interpolated between rows; and where
+# scans of a progressive JPEG are missing, libjpeg smooths, over two more blocks in each direction.
+_MARGIN, _PROGRESSIVE_MARGIN = 16, 48
+
+# What simplejpeg raises for a header that libjpeg refuses, and for one with a subsampling it has no
+# name for, such as 4:4:1.
+_UNKNOWN = (ValueError, KeyError)
 
 # EXIF 2.3, 4.6.4 A: what has to be done to see an image upright.
 _UPRIGHT = {
@@ -128,8 +135,9 @@ class Jpeg:
         if at_least and self._orientation >= 5:  # lies on its side
             at_least = at_least[::-1]
         scale = _scale(height, width, at_least) if at_least else 1
-        # Chroma is interpolated between rows, so a little more is decoded than is kept.
-        rows = min(self._stored[0], top + height + _MARGIN)
+        marker = self._data[self._frame - 3]
+        margin = _PROGRESSIVE_MARGIN if marker == _PROGRESSIVE else _MARGIN
+        rows = min(self._stored[0], top + height + margin)
         at = self._frame + 1  # after the precision: 16 bits of height
         shorter = b"".join((self._data[:at], rows.to_bytes(2, "big"), self._data[at + 2:]))
         try:
@@ -175,7 +183,7 @@ def open_image(data: bytes | np.ndarray, *, max_pixels: int) -> Jpeg | Whole:
         frames = [segments[marker][1] for marker in _FRAMES if marker in segments]
         whole = data.rstrip(b"\0").endswith(b"\xff\xd9")
         if frames and whole:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(*_UNKNOWN):
                 height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
                 _check_size(width, height, max_pixels)
                 if colours in ("YCbCr", "RGB"):
@@ -214,7 +222,7 @@ def _decode_colour_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except _UNKNOWN:
         return None
     _check_size(width, height, max_pixels)
     if colours not in ("YCbCr", "RGB"):

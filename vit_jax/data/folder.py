@@ -38,11 +38,11 @@ class Folder:
                 f"{self._where} {problem}; give the folder that holds one subfolder of images per "
                 "class."
             )
-        self._folders = _subfolders(self._path)
+        self._folders = subfolders(self._path)
         # A class may be called "train" too: its folder holds images, a split's holds classes.
         self._has_splits = bool(self._folders) and (
             set(self._folders) <= set(_SPLITS)
-            or ("train" in self._folders and bool(_subfolders(self._join("train"))))
+            or ("train" in self._folders and bool(subfolders(self._join("train"))))
         )
         self._class_names = self._find_classes()
         self._splits_by_itself = not self._has_splits or self._folders == ["train"]
@@ -66,7 +66,7 @@ class Folder:
         else:
             root = self._join(split)
             self._check_classes(split)
-            paths, labels = _list_images(root, self._class_names, _subfolders(root))
+            paths, labels = _labelled_images(root, self._class_names, subfolders(root))
         return FolderSplit(self._path, split, self._class_names, paths, labels)
 
     def _join(self, *names: str) -> str:
@@ -88,11 +88,11 @@ class Folder:
                 )
         elif "train" in self._folders:
             root = self._join("train")
-            names = _subfolders(root)
+            names = subfolders(root)
         else:
             root = self._join(self._folders[0])
             names = sorted({name for split in self._folders
-                            for name in _subfolders(self._join(split))})
+                            for name in subfolders(self._join(split))})
         if not names:
             raise _no_classes(self._where, root)
         if len(names) == 1:
@@ -106,7 +106,7 @@ class Folder:
         return tuple(names)
 
     def _check_classes(self, split: str, names: Iterable[str] | None = None) -> None:
-        unknown = sorted(set(_subfolders(self._join(split))) - set(names or self._class_names))
+        unknown = sorted(set(subfolders(self._join(split))) - set(names or self._class_names))
         if unknown:
             raise UserError(
                 f"{self._where}: class {unknown[0]!r} is in {self._join(split)} but not in "
@@ -118,7 +118,7 @@ class Folder:
         """{'train', 'val'} -> paths and labels, where the user made no split."""
         if self._parts is None:
             root = self._join("train") if self._has_splits else self._path
-            paths, labels = _list_images(root, self._class_names, self._class_names)
+            paths, labels = _labelled_images(root, self._class_names, self._class_names)
             parts = stratified_split(labels, one_in=10)
             if not len(parts[1]):
                 raise UserError(
@@ -168,7 +168,7 @@ class FolderSplit:
         return listed.hexdigest()
 
 
-def _list_images(
+def _labelled_images(
     root: str, class_names: tuple[str, ...], present: Iterable[str]
 ) -> tuple[list[str], np.ndarray]:
     """Paths [n] and labels int32 [n] of the classes `present` under `root`, class by class."""
@@ -180,7 +180,7 @@ def _list_images(
         if name not in present:
             continue
         folder = os.path.join(root, name)
-        images = _images(folder)
+        images = list_images(folder)
         if not images:
             raise UserError(
                 f"class {name!r} is empty: {folder} holds no {_extensions()} file; add images or "
@@ -191,7 +191,7 @@ def _list_images(
     return paths, np.array(labels, np.int32)
 
 
-def _images(folder: str, inside: frozenset[str] = frozenset()) -> list[str]:
+def list_images(folder: str, inside: frozenset[str] = frozenset()) -> list[str]:
     """The images in a folder and its subfolders, in an order that no file system decides."""
     here = os.path.realpath(folder)
     if here in inside:  # a link to a folder that it is in
@@ -199,13 +199,19 @@ def _images(folder: str, inside: frozenset[str] = frozenset()) -> list[str]:
     found = []
     for entry in _entries(folder):
         if entry.is_dir():
-            found += _images(entry.path, inside | {here})
+            found += list_images(entry.path, inside | {here})
         elif entry.name.lower().endswith(EXTENSIONS):
             found.append(entry.path)
     return found
 
 
-def _subfolders(folder: str) -> list[str]:
+def is_visible(name: str) -> bool:
+    """Not of what is hidden, or left by macOS in a zip file."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def subfolders(folder: str) -> list[str]:
+    """The names of the folders in a folder, in order."""
     return [entry.name for entry in _entries(folder) if entry.is_dir()]
 
 
@@ -213,7 +219,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
     """What is in a folder, by name, without what is hidden."""
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
+            visible = [entry for entry in entries if is_visible(entry.name)]
     except OSError as error:
         raise _unreadable(folder, error) from error
     return sorted(visible, key=lambda entry: entry.name)

@@ -1,6 +1,7 @@
 """What every source has in common: records, splits, and a fair way to hold some images out."""
 
 import os
+import resource
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ class Record(NamedTuple):
     origin: str  # for messages: the file, or the record of the data set
 
 
+_OTHER_OPEN_FILES = 512  # another split's among them
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # which only Windows has
 
 
@@ -32,6 +34,30 @@ def read_file(path: str) -> bytes:
         return data
     finally:
         os.close(file)
+
+
+def allow_open_files(count: int, what: str, advice: str) -> None:
+    """Lets this process have `count` files open, sockets among them, and some others.
+
+    The usual limit of 1024 is a soft one: a process may raise it to the hard one.
+
+    Args:
+      count: how many.
+      what: needs them, for the message.
+      advice: another way, for the message.
+
+    Raises:
+      UserError: the hard limit is too low as well.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_OPEN_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if allowed <= count:
+        raise UserError(f"{what} needs {count} open files at once, but only {allowed} may be; "
+                        f"raise the limit (ulimit -n {wanted}), or {advice}.")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 class Source(Protocol):

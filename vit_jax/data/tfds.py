@@ -7,7 +7,6 @@ data set that is not there with minutes of attempts to download it.
 import json
 import os
 import re
-import resource
 import shlex
 import sys
 
@@ -15,14 +14,13 @@ import numpy as np
 
 from vit_jax.buckets import refuse_bucket
 from vit_jax.data.array_record import Records
-from vit_jax.data.records import Record, missing_split
+from vit_jax.data.records import Record, allow_open_files, missing_split
 from vit_jax.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SPLIT = re.compile(r"\s*(?P<name>[\w\-]+)\s*(\[.*\])?\s*")
 _MOST_LABELS_READ = 200_000
-_OTHER_OPEN_FILES = 512  # another split's among them
 
 
 def import_tfds():
@@ -95,7 +93,10 @@ class Tfds:
         if missing:
             raise UserError(f"{self._where}: split {split!r} is incomplete, {missing[0]} is "
                             "missing; copy or prepare the data set again.")
-        _allow_open_files(len(files), f"{self._where}: split {split!r}")
+        # A global shuffle reads from all files at once, and they stay open.
+        allow_open_files(
+            len(files), f"{self._where}: split {split!r}",
+            "have fewer (--records_per_file of python -m vit_jax.prepare)")
         # Not TFDS's data source, which needs 20 times as long to decode a record as `_parse`.
         records = Records([(os.fspath(part.filename), part.skip, part.take) for part in parts])
         source = TfdsSplit(f"{self._origin} split {split!r}", split, self._class_names, records)
@@ -143,25 +144,6 @@ class TfdsSplit:
 
     def identity(self) -> str:
         return self.name  # with the data set's version
-
-
-def _allow_open_files(count: int, what: str) -> None:
-    """A global shuffle reads from all files of a split at once, and they stay open. The usual limit
-    of 1024 is a soft one: a process may raise it to the hard one.
-
-    Raises:
-      UserError: that is too low as well.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_OPEN_FILES
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if allowed <= count:
-        raise UserError(f"{what} is in {count} files, which are all open at once, but only "
-                        f"{allowed} may be; raise the limit (ulimit -n {wanted}), or have fewer "
-                        "files (--records_per_file of python -m vit_jax.prepare).")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _parse(example: bytes) -> tuple[bytes, int]:

@@ -29,6 +29,7 @@ from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
 import numpy as np
 
 from vit_jax.data import assembly
+from vit_jax.data.records import allow_open_files
 from vit_jax.errors import UserError
 
 AVAILABLE = hasattr(os, "memfd_create")  # Linux
@@ -37,15 +38,26 @@ _HELPER = ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
            "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
            "from vit_jax.data import workers; workers.serve({})")
 _WITHOUT = "--config.data.worker_kind=thread does without."
+_FEWER = "take fewer (--config.data.workers)"
 
 
 class Processes:
     """A crew of processes; see `assembly.Crew`."""
 
     def __init__(self, make: assembly.Maker, count: int):
-        """`make` is pickled, and called in every process."""
-        self._helper = _helper()
-        self._connections = self._helper.fork(make, count)
+        """`make` is pickled, and called in every process.
+
+        Raises:
+          UserError: it cannot be pickled, or so many processes cannot be had.
+        """
+        try:
+            already = len(os.listdir("/proc/self/fd"))
+            allow_open_files(already + count, f"decoding in {count} processes", _FEWER)
+            self._helper = _helper()
+            self._connections = self._helper.fork(make, count)
+        except OSError as error:
+            raise UserError(f"{count} processes that decode images cannot be started "
+                            f"({error.strerror or error}); {_FEWER}.") from error
         self._idle = queue.SimpleQueue()
         for connection in self._connections:
             self._idle.put((connection, set()))
@@ -110,13 +122,18 @@ class _Slot:
         self.map = mmap.mmap(self.file, size)
 
 
+def _search_path() -> list[str]:
+    """Python passes over what is no string in sys.path, such as a Path that somebody appended."""
+    return [entry for entry in sys.path if isinstance(entry, str)]
+
+
 class _Helper:
     """The process that forks workers."""
 
     def __init__(self):
         ours, theirs = socket.socketpair()
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(sys.path),  # so that it finds this package
+            "PYTHONPATH": os.pathsep.join(_search_path()),  # so that it finds this package
             "OPENBLAS_NUM_THREADS": "1",  # it may fork only as long as it has no threads
             "JAX_PLATFORMS": "cpu",
         }
@@ -133,12 +150,15 @@ class _Helper:
             pickled = ForkingPickler.dumps(make)
         except Exception as error:
             raise _not_shared(error) from error
-        ours, theirs = zip(*(socket.socketpair() for _ in range(count)), strict=True)
+        ours = []
         try:
             with self._lock:
-                self._connection.send((count, sys.path))
-                for end in theirs:
-                    send_handle(self._connection, end.fileno(), None)
+                self._connection.send((count, _search_path()))
+                for _ in range(count):
+                    end, theirs = socket.socketpair()
+                    ours.append(end)
+                    with theirs:
+                        send_handle(self._connection, theirs.fileno(), None)
                 self._connection.send_bytes(pickled)
         except BaseException as error:
             for end in ours:
@@ -147,9 +167,6 @@ class _Helper:
                 self.check()
             self.close()  # it would take what comes next for the rest of this
             raise
-        finally:
-            for end in theirs:
-                end.close()
         return [Connection(end.detach()) for end in ours]
 
     def check(self):

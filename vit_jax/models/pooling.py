@@ -58,7 +58,7 @@ def _windows(x, axis):
     padding = [(0, 0)] * x.ndim
     padding[axis] = (size % 2, 0)  # 'SAME' begins before the first number of an odd size
     x = jnp.pad(x, padding, constant_values=-jnp.inf)
-    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1:])
+    pairs = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1:])
     first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
     return first, second, _shift(first, axis, -1, -jnp.inf)
 

@@ -58,7 +58,7 @@ class PatchEmbedding(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows, columns = height // side, width // side
         patches = images.astype(self.dtype).reshape(batch, rows, side, columns, side, channels)
-        patches = patches.swapaxes(2, 3).reshape(batch * rows * columns, -1)
+        patches = patches.swapaxes(2, 3).reshape(-1, side * side * channels)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
         x = patches @ kernel.reshape(-1, self.features) + bias
         return x.reshape(batch, rows, columns, self.features)
@@ -209,7 +209,8 @@ class Encoder(nn.Module):
         x = x.astype(self.block["dtype"])
         if registers is not None:
             prefix = x.shape[1] - grid[0] * grid[1]
-            registers = jnp.broadcast_to(registers, (len(x), *registers.shape[1:])).astype(x.dtype)
+            registers = jnp.broadcast_to(registers, (x.shape[0], *registers.shape[1:]))
+            registers = registers.astype(x.dtype)
             x = jnp.concatenate([x[:, :prefix], registers, x[:, prefix:]], axis=1)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         self.sow("intermediates", "tokens", x)
@@ -341,7 +342,7 @@ class VisionTransformer(nn.Module):
         """Patch embeddings [B, h * w, D] to the encoder's tokens, float32, patches last."""
         if self.classifier in ("token", "token_unpooled"):
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
-            cls = jnp.broadcast_to(cls, (len(x), 1, self.hidden_size)).astype(x.dtype)
+            cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.hidden_size)).astype(x.dtype)
             x = jnp.concatenate([cls, x], axis=1)
         registers = None
         if self.register_tokens:

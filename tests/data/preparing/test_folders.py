@@ -60,6 +60,32 @@ def test_split_names_that_tfds_cannot_have(tmp_path):
     assert list(FolderInput(str(tmp_path)).splits) == ["train", "val", "validation"]
 
 
+def test_folders_beside_the_splits_are_left_out_and_named(tmp_path):
+    fill(tmp_path, 10, ("train", "val", "real"))
+    fill(tmp_path, 1, ("__MACOSX",), ("train",))
+    for name in ("test/1.jpg", "docs/figures/.1.jpg", "annotations/cat/1.xml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    source = FolderInput(str(tmp_path))
+    assert source.splits == {"real": 30, "train": 30, "validation": 30}
+    assert source.left_out == ("annotations", "docs", "test")
+    (tmp_path / "docs" / "figures" / "1.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="class 'figures' is in .*docs but not in .*train; add"):
+        FolderInput(str(tmp_path))
+
+
+def test_what_training_evaluates_on_is_not_left_out(tmp_path):
+    fill(tmp_path, 10, ("train",))
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "1.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="no classes in .*val: 1 images lie directly in it"):
+        FolderInput(str(tmp_path))
+    (tmp_path / "val").rename(tmp_path / "unlabelled")
+    source = FolderInput(str(tmp_path))  # as of train alone
+    assert source.splits == {"train": 27, "validation": 3}
+    assert source.read("train", 0).origin.startswith("train/big dog/")
+
+
 def test_labels_are_the_folders(tmp_path):
     fill(tmp_path, 10)
     source = FolderInput(str(tmp_path))

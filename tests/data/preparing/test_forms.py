@@ -36,6 +36,38 @@ def test_compressed_files_beside_folders_are_no_obstacle(tmp_path):
     assert isinstance(open_input(str(tmp_path)), FolderInput)
 
 
+def test_archives_beside_what_was_unpacked_are_left_out(tmp_path):
+    """train.tar and val.tar are no classes."""
+    for split in ("train", "val"):
+        write_folder(tmp_path / split)
+        write_tar(tmp_path / f"{split}.tar", {"cat/1.jpg": image(1)})
+    source = open_input(str(tmp_path))
+    assert source.class_names == ("cat", "dog") and source.splits == {"train": 4, "validation": 4}
+    assert source.left_out == ("train.tar", "val.tar")
+    for split in ("train", "val"):
+        (tmp_path / split).rename(tmp_path.with_name(f"{tmp_path.name} {split}"))
+    for name in (".cache", "__MACOSX"):
+        (tmp_path / name).mkdir()
+    assert open_input(str(tmp_path)).class_names == ("train", "val")
+    (tmp_path / "__MACOSX").rename(tmp_path / "docs")
+    with pytest.raises(UserError, match="only one class, 'docs'.* Archives such as train.tar are"):
+        open_input(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_may_not_be_read(tmp_path, monkeypatch, kind):
+    def deny(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    path = tmp_path if kind == "folder" else tmp_path / "a.tar"
+    write_tar(tmp_path / "a.tar", {"1.jpg": image(1)})
+    with monkeypatch.context() as patch:
+        for function in ("os.listdir", "os.scandir", "builtins.open"):
+            patch.setattr(function, deny)
+        with pytest.raises(UserError, match=f"{path} cannot be read .Permission denied.; check"):
+            open_input(str(path))
+
+
 def test_refusals(tmp_path):
     def refusal(path):
         with pytest.raises(UserError) as error:

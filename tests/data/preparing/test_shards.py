@@ -185,6 +185,13 @@ def test_a_data_set_of_others_is_left_alone(preparation):
         preparation.claim()
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_a_damaged_manifest(preparation, content):
+    (preparation.folder / "prepare.json").write_text(content)
+    with pytest.raises(UserError, match="prepare.json, which .* is damaged; delete the folder"):
+        preparation.claim()
+
+
 def test_the_data_set_is_complete_with_its_last_file(preparation):
     left = preparation.folder / ".pets-train.array_record-00000-of-00005.elsewhere.77"
     half = preparation.folder / "progress" / ".train-00000-of-00005.json.elsewhere.77"
@@ -213,3 +220,5 @@ def test_class_names_that_cannot_be_stored():
     for name in (" a", "a\n", "a\nb", "", "a\udcff", "a "):
         with pytest.raises(UserError, match="rename it"):
             check_class_names(("fine", name))
+    with pytest.raises(UserError, match="2 classes are called 'a'; give each a name of its own"):
+        check_class_names(("a", "a", "b"))  # x/a.tar and y/a.tar of an archive

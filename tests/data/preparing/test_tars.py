@@ -84,6 +84,37 @@ def test_damage(tmp_path):
         open_class_tars(str(tmp_path))
 
 
+def test_holes_cuts_and_flipped_bits(tmp_path):
+    """Of downloads that broke off, also into space taken beforehand."""
+    whole = tar({f"{number}.jpg": image(number) for number in range(4)})
+    third = tarfile.open(fileobj=io.BytesIO(whole)).getmembers()[2].offset
+    write_tar(tmp_path / "b.tar", {"1.jpg": image(2)})
+    hole = whole[:third] + bytes(512) + whole[third + 512:]
+    flipped = whole[:third + 3] + bytes([whole[third + 3] ^ 1]) + whole[third + 4:]
+    empty = whole[:third] + bytes(2**22)
+    for damaged in (hole, flipped, whole[:third], empty, b""):
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match="a.tar is no tar file, or damaged or incomplete"):
+            open_class_tars(str(tmp_path))
+    # An inner archive ends where the outer one goes on.
+    write_tar(tmp_path / "outer.tar", {"a.tar": whole[:third], "b.tar": whole})
+    with pytest.raises(UserError, match="outer.tar is no tar file, or damaged or incomplete"):
+        open_class_tars(str(tmp_path / "outer.tar"))
+
+
+def test_ends_and_checksums_of_other_writers(tmp_path):
+    """One block of zeros, longer ends, and checksums of bytes taken for signed."""
+    content = {"ümlaut.jpg": image(1), "2.jpg": image(2)}
+    whole = tar(content, tarfile.USTAR_FORMAT)
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    signed = b"%06o\0 " % (int(whole[148:154], 8) - 256 * sum(byte > 127 for byte in whole[:512]))
+    write_tar(tmp_path / "b.tar", content)
+    for other in (whole[:end + 512], whole[:end] + bytes(2**20),
+                  whole[:148] + signed + whole[156:]):
+        (tmp_path / "a.tar").write_bytes(other)
+        assert open_class_tars(str(tmp_path)).splits == {"train": 4}
+
+
 def test_the_digest_tells_other_data(tmp_path):
     def digest(**files):
         for name, content in files.items():

@@ -2,9 +2,10 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from vit_jax.data.folder import Folder
+from vit_jax.data.folder import Folder, FolderSplit, list_images, subfolders
 from vit_jax.data.preparing.inputs import Item, digest, make_example, write_features
 from vit_jax.errors import UserError
 
@@ -13,26 +14,49 @@ class FolderInput:
     """A folder of images, as `folder:PATH` reads it: the same classes, splits and order.
 
     Where the user made no split, a tenth of every class becomes the split `validation`, the same
-    images that `folder:PATH` evaluates on.
+    images that `folder:PATH` evaluates on. Folders beside the splits that hold no images by class
+    are left out.
     """
 
     version = "1.0.0"
     shuffled = False
 
-    def __init__(self, path: str):
-        """Raises UserError where `path` is no folder of classes."""
-        folder = Folder(path)
+    def __init__(self, path: str, beside: Sequence[str] = ()):
+        """`beside`: names of what is left out as well.
+
+        Raises:
+          UserError: `path` is no folder of classes, or a split has others than `train`.
+        """
         self.where = self._root = os.path.abspath(path)  # which all paths begin with
         self.data_set = os.path.basename(self._root)
-        names = folder.split_names()
-        for name in names:
+        folder = Folder(path)
+        opened, without_classes = self._open(folder)
+        self.left_out = (*without_classes, *beside)
+        if without_classes and list(opened) == ["train"]:
+            folder = Folder(os.path.join(path, "train"))
+            opened = {name: folder.open(name) for name in folder.split_names()}
+        for name in opened:
             if not re.fullmatch(r"[\w\-]+", name) or name == "all":
                 raise UserError(f"{self.where}: TFDS cannot have a split called {name!r}; rename "
                                 "the folder.")
-        renamed = {} if "validation" in names else {"val": "validation"}  # as TFDS calls it
-        self._splits = {renamed.get(name, name): folder.open(name) for name in names}
+        renamed = {} if "validation" in opened else {"val": "validation"}  # as TFDS calls it
+        self._splits = {renamed.get(name, name): split for name, split in opened.items()}
         self.class_names = next(iter(self._splits.values())).class_names
         self.splits = {name: len(split) for name, split in self._splits.items()}
+
+    def _open(self, folder: Folder) -> tuple[dict[str, FolderSplit], list[str]]:
+        """Splits, and the names of folders that are none, which training does not open."""
+        names = folder.split_names()
+        needed = ("train", "val" if "val" in names else "test")  # by `Folder.default_eval_split`
+        splits, others = {}, []
+        for name in names:
+            try:
+                splits[name] = folder.open(name)
+            except UserError:
+                if name in needed or _holds_classes(os.path.join(self._root, name)):
+                    raise
+                others.append(name)
+        return splits, others
 
     def digest(self) -> str:
         return digest(
@@ -53,3 +77,8 @@ class FolderInput:
 
     def _name(self, path: str) -> str:
         return path[len(self._root) + 1:]
+
+
+def _holds_classes(folder: str) -> bool:
+    """Whether images lie in its subfolders, of whatever names."""
+    return any(list_images(os.path.join(folder, name)) for name in subfolders(folder))

@@ -3,10 +3,11 @@
 import os
 import tarfile
 
+from vit_jax.data.folder import is_visible
 from vit_jax.data.preparing import imagenet
 from vit_jax.data.preparing.folders import FolderInput
 from vit_jax.data.preparing.inputs import Input
-from vit_jax.data.preparing.tars import open_class_tars
+from vit_jax.data.preparing.tars import list_folder, open_archive, open_class_tars
 from vit_jax.data.preparing.tfrecord import TfrecordInput
 from vit_jax.errors import UserError
 
@@ -23,7 +24,8 @@ def open_input(path: str) -> Input:
     if not os.path.exists(path):
         raise UserError(f"--from={path} does not exist.")
     if os.path.isdir(path):
-        entries = sorted(os.listdir(path))
+        listed = list_folder(path)
+        entries = [entry.name for entry in listed]
         if "dataset_info.json" in entries:
             return TfrecordInput(path)
         versions = [entry for entry in entries
@@ -33,16 +35,31 @@ def open_input(path: str) -> Input:
                             f"{', '.join(os.path.join(path, entry) for entry in versions)}.")
         if imagenet.TRAIN in entries or imagenet.VALIDATION in entries:
             return imagenet.open_imagenet(path)
-        if any(entry.endswith(".tar") for entry in entries):
+        archives = [entry.name for entry in listed
+                    if entry.name.endswith((".tar", *_COMPRESSED)) and is_visible(entry.name)
+                    and not entry.is_dir()]
+        # Beside folders they are what was unpacked, or a copy: train.tar is no class then.
+        if not archives or any(entry.is_dir() and is_visible(entry.name) for entry in listed):
+            return _open_folder(path, archives)
+        if any(archive.endswith(".tar") for archive in archives):
             return open_class_tars(path)
-        compressed = [entry for entry in entries if entry.endswith(_COMPRESSED)]
-        if compressed and not any(os.path.isdir(os.path.join(path, entry)) for entry in entries):
-            path = os.path.join(path, compressed[0])
-        else:
-            return FolderInput(path)
+        path = os.path.join(path, archives[0])
     if path.endswith(_COMPRESSED):
         raise UserError(f"{path} is compressed, so it cannot be read in place; unpack it and give "
                         "the folder.")
-    if os.path.isfile(path) and tarfile.is_tarfile(path):
-        return open_class_tars(path)
+    if os.path.isfile(path):
+        with open_archive(path) as file:
+            if tarfile.is_tarfile(file):
+                return open_class_tars(path)
     raise UserError(f"--from={path} is neither a folder nor a tar file.")
+
+
+def _open_folder(path: str, archives: list[str]) -> FolderInput:
+    try:
+        return FolderInput(path, archives)
+    except UserError as error:
+        tars = [archive for archive in archives if archive.endswith(".tar")]
+        if not tars:
+            raise
+        raise UserError(f"{error} Archives such as {tars[0]} are read only where no folders lie "
+                        "beside them.") from error

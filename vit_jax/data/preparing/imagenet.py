@@ -16,6 +16,7 @@ from vit_jax.data.preparing.tars import (
     class_archives,
     list_classes,
     members,
+    open_archive,
 )
 from vit_jax.errors import UserError
 
@@ -95,7 +96,7 @@ def read_devkit(path: str) -> tuple[list[str], np.ndarray]:
 
 
 def _validation(path: str, truth: np.ndarray) -> Members:
-    with open(path, "rb", buffering=0) as file:
+    with open_archive(path) as file:
         images = [(match, offset) for name, offset, _, _ in members(file, Archive(path))
                   if (match := _VALIDATION_NAME.fullmatch(name))]
     if len(images) != len(truth):

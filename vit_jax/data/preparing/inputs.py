@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -36,6 +36,7 @@ class Input(Protocol):
     class_names: tuple[str, ...]
     splits: dict[str, int]  # images of each
     shuffled: bool  # records are in no order worth breaking, so they keep theirs
+    left_out: Sequence[str]  # names of what lies in `where` and is not read
 
     def digest(self) -> str:
         """Of what there is to read and in which order; another one means other data."""

@@ -101,7 +101,7 @@ class Preparation:
         """`data_set` is NAME or NAME/CONFIG, of which the files are named after NAME.
 
         Raises:
-          UserError: TFDS could not store the name of a class.
+          UserError: TFDS could not store the names of the classes.
         """
         check_class_names(source.class_names)
         self.source = source
@@ -134,7 +134,12 @@ class Preparation:
                                 "choose another --out or --name.")
             if not path.exists():
                 self._write(path, json.dumps(manifest, indent=2) + "\n")
-            before = json.loads(path.read_text("utf-8"))
+            try:
+                before = dict(json.loads(path.read_text("utf-8")))
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{path}, which tells what {self.folder} holds, is damaged; delete the folder "
+                    "to begin again, or choose another --out or --name.") from error
         for key in manifest:
             if before.get(key) != manifest[key]:
                 change = "from other files" if key == "data" else (
@@ -294,8 +299,9 @@ def divide(split: str, images: int, records_per_file: int | None) -> list[Output
 
 
 def check_class_names(names: tuple[str, ...]) -> None:
-    """Raises UserError for a name that is not a line of text: they are stored one a line."""
-    for name in names:
+    """Raises UserError for a name that is not a line of text, since they are stored one a line, or
+    that two classes have."""
+    for name, count in collections.Counter(names).items():
         try:
             name.encode()
             storable = name == name.strip() and len(name.splitlines()) == 1
@@ -304,6 +310,8 @@ def check_class_names(names: tuple[str, ...]) -> None:
         if not storable:
             raise UserError(f"the class {name!r} has spaces at its ends, several lines, or bytes "
                             "that are no text; rename it.")
+        if count > 1:
+            raise UserError(f"{count} classes are called {name!r}; give each a name of its own.")
 
 
 def order(images: int, shuffled: bool) -> np.ndarray:

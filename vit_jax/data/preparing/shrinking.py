@@ -7,7 +7,7 @@ from vit_jax.data.decode import BadImageError, decode_image
 
 _LARGEST_TRAINED = 100_000_000  # pixels, the default of config.data.max_pixels
 _LARGEST_SHRUNK = 500_000_000  # pixels; decoding them takes 1.5 GB
-_LONGEST_JPEG = 65_535  # pixels (ITU T.81, B.2.2)
+_LONGEST_JPEG = 65_500  # pixels: libjpeg's JPEG_MAX_DIMENSION, below the format's 65,535
 
 
 def fit_image(data: bytes, *, resize: int | None, quality: int) -> bytes:

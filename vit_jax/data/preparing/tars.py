@@ -6,6 +6,7 @@ Members are found from their headers alone and read by seeking, so nothing is un
 import concurrent.futures
 import os
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,6 +20,8 @@ from vit_jax.errors import UserError
 
 _BLOCK = 512  # POSIX.1-1988 (ustar): headers fill one block, and data are filled up to whole ones
 _REGULAR = b"0\0"
+_CHECKSUM = slice(148, 156)
+_LONGEST_END = 2**21  # bytes of zeros; of 10,240 unless GNU tar was told otherwise
 _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
 _READERS = 16  # threads that list archives, for file systems that answer late
 
@@ -46,6 +49,7 @@ class TarInput:
 
     version = "1.0.0"
     shuffled = False
+    left_out = ()
 
     def __init__(self, where: str, data_set: str, class_names: Sequence[str],
                  members: dict[str, Members]):
@@ -102,10 +106,10 @@ def open_class_tars(path: str) -> TarInput:
 def class_archives(path: str) -> list[Archive]:
     """The archives `CLASS.tar` in a folder or an archive, sorted by class."""
     if os.path.isdir(path):
-        found = [Archive(entry.path, name=entry.name) for entry in os.scandir(path)
+        found = [Archive(entry.path, name=entry.name) for entry in list_folder(path)
                  if entry.name.endswith(".tar") and not entry.name.startswith(".")]
     else:
-        with _open(path) as file:
+        with open_archive(path) as file:
             found = [
                 Archive(path, start, start + size, os.path.basename(os.fsdecode(name)))
                 for name, _, start, size in members(file, Archive(path)) if name.endswith(b".tar")
@@ -117,7 +121,7 @@ def class_archives(path: str) -> list[Archive]:
 def list_classes(archives: list[Archive]) -> Members:
     """The images in archives, those of the first with label 0, and so on."""
     def list_one(archive):
-        with _open(archive.path) as file:
+        with open_archive(archive.path) as file:
             offsets = [offset for name, offset, _, _ in members(file, archive)
                        if name.lower().endswith(_EXTENSIONS)]
         if not offsets:
@@ -152,14 +156,22 @@ def members(file: BinaryIO, archive: Archive) -> list[tuple[bytes, int, int, int
     end = file_size if archive.end is None else archive.end
     position = archive.start
     damaged = UserError(f"{archive.path} is no tar file, or damaged or incomplete; get it again.")
-    while position < end:
+    # Two blocks of zeros end an archive (POSIX.1-1988, 10.1.1); here one will do. Where there is
+    # none, or more than zeros after it, members are missing: of a download that broke off, or has
+    # holes.
+    while True:
         file.seek(position)
-        header = file.read(_BLOCK)
-        if header.strip(b"\0") == b"":
-            break
+        header = file.read(min(_BLOCK, end - position))
+        if not header:
+            raise damaged
+        if not header.strip(b"\0"):
+            if end - position > _LONGEST_END or file.read(end - file.tell()).strip(b"\0"):
+                raise damaged
+            return found
         kind = header[156:157]
         try:
-            if header[257:262] == b"ustar" and kind in b"05\0" and not header[124] & 0x80:
+            if (header[257:262] == b"ustar" and kind in b"05\0" and not header[124] & 0x80
+                    and _sum(header) == int(header[_CHECKSUM].rstrip(b" \0"), 8)):
                 name = header[:100].rstrip(b"\0")
                 data = position + _BLOCK
                 size = int(header[124:136].rstrip(b" \0") or b"0", 8)
@@ -175,13 +187,35 @@ def members(file: BinaryIO, archive: Archive) -> list[tuple[bytes, int, int, int
             raise damaged
         if kind in _REGULAR:
             found.append((name, position, data, size))
-        position = data + -(-size // _BLOCK) * _BLOCK
-    return found
+        position = min(data + -(-size // _BLOCK) * _BLOCK, end)
 
 
-def _open(path: str) -> BinaryIO:
+def _sum(header: bytes) -> int:
+    """Of the bytes of a header, those of the checksum taken for spaces, up to 65,519.
+
+    The lower half of Adler-32 is 1 more than that (RFC 1950, 8.2), in 0.4 microseconds where `sum`
+    takes 3. A larger sum comes out wrong, and is left to `tarfile`.
+    """
+    blank = header[:_CHECKSUM.start] + b" " * 8 + header[_CHECKSUM.stop:]
+    return (zlib.adler32(blank) & 0xFFFF) - 1
+
+
+def open_archive(path: str) -> BinaryIO:
+    """A file to seek in; UserError where it cannot be read."""
     try:
         return open(path, "rb", buffering=0)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions."
-                        ) from error
+        raise _unreadable(path, error) from error
+
+
+def list_folder(path: str) -> list[os.DirEntry]:
+    """What is in a folder, by name; UserError where it cannot be read."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path, error):
+    return UserError(f"{path} cannot be read ({error.strerror}); check its permissions.")

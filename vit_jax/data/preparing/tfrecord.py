@@ -25,6 +25,7 @@ class TfrecordInput:
     """The records of a prepared data set, in the order they are in, which TFDS has shuffled."""
 
     shuffled = True
+    left_out = ()
 
     def __init__(self, folder: str):
         """Raises UserError where TFDS cannot open the folder, it holds no labelled images, or a
