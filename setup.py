@@ -23,6 +23,7 @@ setup(
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
+        "tensorstore",  # what Orbax writes with: of any version that it takes
         "ml-collections>=1.0",
         "numpy>=2.0",
         # Data. tensorflow-datasets does not install TensorFlow, and nothing here imports it;

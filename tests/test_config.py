@@ -89,7 +89,7 @@ def test_json_of_an_older_version_gets_the_new_keys():
     ("total_steps", "2.0", 2),
     ("total_steps", "none", None),
     ("total_steps", " None ", None),
-    ("seed", "9007199254740993", 2**53 + 1),  # no detour over a float
+    ("total_steps", "9007199254740993", 2**53 + 1),  # no detour over a float
     ("mesh.data", "-1", -1),
     ("optimizer.learning_rate", "1", 1.0),
     ("optimizer.learning_rate", "3e-4", 3e-4),
@@ -167,7 +167,10 @@ def test_text_that_is_no_such_value(key, text, message):
      "'adafactor', 'sgd'; did you mean 'adamw'?"),
     ("model.position_embedding", "learned_3d", "config.model.position_embedding='learned_3d'"),
     ("batch_size", 0, "config.batch_size=0 must be at least 1."),
-    ("optimizer.momentum", 1.5, "config.optimizer.momentum=1.5 must be at least 0 and at most 1."),
+    ("optimizer.momentum", 1.5, "config.optimizer.momentum=1.5 must be at least 0 and at most 0."
+     "999999."),
+    ("optimizer.momentum", 1, "config.optimizer.momentum=1.0 must be at least 0 and at most 0.99"),
+    ("seed", 2**32, "config.seed=4294967296 must be at least 0 and at most 4294967295."),
     ("model.dropout_rate", 1.0, "config.model.dropout_rate=1.0 must be at least 0 and at most 0.9"),
     ("data.crop_area", (0.0, 1.0), "config.data.crop_area=0.0 must be at least 1e-06 and at most"),
     ("data.image_size", (0, 8), "config.data.image_size=0 must be at least 1."),
@@ -181,6 +184,7 @@ def test_wrong_values_are_refused(key, value, message):
 
 @pytest.mark.parametrize("key, value, kept", [
     ("optimizer.learning_rate", 1, 1.0),
+    ("seed", 2**32 - 1, 2**32 - 1),
     ("batch_size", 64.0, 64),
     ("data.crop_area", [0.5, 1], (0.5, 1.0)),
     ("data.image_size", [8, 16], (8, 16)),
@@ -261,6 +265,7 @@ def test_a_recipe_may_replace_a_section():
     (dict(mesh__data=0), "config.mesh.data=0 must be -1 (all devices that are left) or at least"),
     (dict(data__crop_area=(0.9, 0.1)), "config.data.crop_area=(0.9, 0.1) must be (smallest, lar"),
     (dict(data__crop_aspect=(2, 1)), "config.data.crop_aspect=(2.0, 1.0) must be (smallest, larg"),
+    (dict(profile_steps=(3, 2)), "config.profile_steps=(3, 2) would record nothing; give (2, 3)."),
     (dict(model__variant="B/61"), "config.model.variant: Unknown model variant 'B/61'; did you m"),
     (dict(model__variant="b/16"), "config.model.variant: Unknown model variant 'b/16'; did you m"),
 ])
@@ -273,6 +278,7 @@ def test_keys_that_do_not_fit_each_other(settings, message):
     dict(optimizer__name="adam", optimizer__weight_decay=0),
     dict(parallelism="pmap", mesh__data=8),
     dict(data__crop_area=(0.5, 0.5)),
+    dict(profile_steps=(3, 3)),
     dict(model__variant="ViT-B_16"),
     dict(batch_size=12, accumulation_steps=4),
 ], ids=str)

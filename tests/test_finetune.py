@@ -1,12 +1,18 @@
 """A run that starts from a checkpoint: other data, resolution, head; frozen and decayed layers."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import optax
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import vit_jax
+from vit_jax.checkpoints.adapt import flatten
+from vit_jax.checkpoints.targets import library_tensors
 from vit_jax.cli import load_config
 from vit_jax.config import validate
 from vit_jax.errors import UserError
@@ -88,6 +94,43 @@ def test_reset_head(pretrained, tmp_path, capsys):
     assert "reset    head/kernel 12x10 (asked for)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("names, line", [
+    (list("9876543210"), "head/kernel 12x10 -> 12x10 (classes brought into the order of the data)"),
+    (list("0123abcdef"), "head/kernel 12x10 (the file has other classes: class 4 is 'a' in the "
+                         "file, '4' in the data)"),
+    (list("0123456788"), "head/kernel 12x10 (the file has other classes: class 9 is '8' in the "),
+])
+def test_head_of_other_class_names(pretrained, tmp_path, capsys, names, line):
+    """As many, so that nothing but their names tells."""
+    renamed = shutil.copytree(pretrained, tmp_path / "renamed")
+    for path in renamed.glob("checkpoints/*/meta/metadata"):
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps(meta | {"class_names": names}))
+    main([TINY, f"--workdir={tmp_path / 'run'}", f"--config.init={renamed}",
+          "--config.total_steps=1", "--config.optimizer.learning_rate=0",
+          "--config.model.representation_size=12"])
+    assert line in capsys.readouterr().out
+    before, after = (vit_jax.load_model(path).params["head"]
+                     for path in (pretrained, tmp_path / "run"))
+    for name in ("kernel", "bias"):
+        expected = before[name][..., ::-1] if "order" in line else np.zeros_like(before[name])
+        np.testing.assert_array_equal(after[name], expected)
+    with pytest.raises(UserError, match="digits.* has other classes than .*: class . is '.' in"):
+        main(["--mode=evaluate", TINY, f"--config.init={renamed}"])
+
+
+def test_heads_that_the_file_does_not_tell(pretrained, tmp_path, capsys):
+    """The config does."""
+    loaded = vit_jax.load_model(pretrained, representation_size=None, num_classes=10)
+    path = tmp_path / "timm.safetensors"
+    save_file(library_tensors("timm", flatten(loaded.params)), path)
+    with pytest.raises(UserError, match="no convention exists for width 16"):
+        vit_jax.load_model(path)
+    main([TINY, f"--workdir={tmp_path / 'run'}", f"--config.init={path}", "--config.total_steps=1"])
+    main(["--mode=evaluate", TINY, f"--config.init={path}"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("eval/images=360")
+
+
 def test_head_only(pretrained, tmp_path):
     workdir = tmp_path / "run"
     main([TINY, f"--workdir={workdir}", f"--config.init={pretrained}",
@@ -164,3 +207,15 @@ def test_recipes_of_table_4(argument, init, size, steps):
 def test_recipe_arguments_that_cannot_be(argument):
     with pytest.raises(UserError):
         load_config(f"configs/finetune.py:{argument}")
+
+
+def test_it_goes_on_without_the_checkpoint_it_began_from(tmp_path, capsys):
+    source, run = tmp_path / "source", tmp_path / "run"
+    short = [TINY, "--config.eval_every=0", "--config.model.classifier=gap"]
+    main([*short, f"--workdir={source}", "--config.total_steps=1"])
+    command = [TINY, "--config.eval_every=0", f"--workdir={run}", f"--config.init={source}"]
+    main([*command, "--config.total_steps=2"])
+    shutil.rmtree(source)
+    main([*command, "--config.total_steps=3"])
+    assert "Continuing from step 2" in capsys.readouterr().out
+    assert vit_jax.load_model(run).model.classifier == "gap"

@@ -270,6 +270,8 @@ def test_data_size():
     (TINY, "--device=NAME; there are a100-40gb"),
     ([*TINY, "--device=h201"], "did you mean 'h200'"),
     ([*TINY, "--device=h200", "--mfu=40"], "--mfu=40.0 is a share"),
+    ([*TINY, "--device=h200", "--mfu=nan"], "--mfu=nan is a share"),
+    ([*TINY, "--device=h200", "--images_per_core=nan"], "--images_per_core=nan must be at least 1"),
     ([*TINY, "--device=h200", "--devices=0"], "--devices=0 must be at least 1"),
     ([*TINY, "--device=h200", "--devices=3"], "batch_size=16 is not divisible by 3"),
     ([*TINY, "--device=h200", "--config.mesh.fsdp=3"], "does not fit 8 devices"),

@@ -19,6 +19,7 @@ from vit_jax import cli, load_model
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate_checkpoint
 from vit_jax.main import main
+from vit_jax.training import workdir as workdir_lib
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.state import group_blocks
@@ -294,6 +295,45 @@ def test_frozen_parameters_stay(tmp_path):
     assert not any(jax.tree.leaves(same["head"]))
     with pytest.raises(UserError, match="matches no parameter"):
         main([TINY, f"--workdir={tmp_path / 'typo'}", "--config.optimizer.frozen=embeding"])
+
+
+def test_a_head_alone_on_scanned_layers_is_continued(tmp_path):
+    """Of the blocks the optimizer keeps nothing, so that nothing of them is on disk."""
+    command = [TINY, "--config.model.scan_layers=true", "--config.optimizer.frozen=^(?!head/)",
+               f"--workdir={tmp_path / 'run'}", "--config.eval_every=0"]
+    main([*command, "--config.total_steps=2"])
+    main([*command, "--config.total_steps=3"])
+    assert final_state(tmp_path / "run")[0] == 3
+
+
+def test_weights_that_an_update_spoils_are_not_saved(tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="weights became nan or inf at step 1; no checkpoint had"):
+        main([TINY, f"--workdir={workdir}", "--config.total_steps=1",
+              "--config.optimizer.learning_rate=3e38", "--config.optimizer.clip_norm=none",
+              "--config.optimizer.momentum=0.9", "--config.optimizer.weight_decay=1e30"])
+    assert not list((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def test_what_is_refused_changes_nothing(tmp_path, monkeypatch):
+    """Neither config.json nor, where that is lost, what the checkpoint says about the run; and a
+    second run waits for the first."""
+    workdir = tmp_path / "run"
+    command = [TINY, f"--workdir={workdir}", "--config.eval_every=0", "--config.total_steps=2"]
+    main(command)
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match="at step 2, beyond the 1 steps"):
+        main([*command, "--config.total_steps=1", "--config.log_every=3"])
+    with workdir_lib.alone(workdir), pytest.raises(UserError, match="Another process is training"):
+        main([*command, "--config.total_steps=4"])
+    assert (workdir / "config.json").read_text() == before
+    (workdir / "config.json").unlink()
+    more = [*command, "--config.total_steps=3"]
+    with pytest.raises(UserError, match="another config:\n  batch_size: 16 -> 32"):
+        main([*more, "--config.batch_size=32"])
+    assert not (workdir / "config.json").exists()
+    main(more)
+    assert (workdir / "config.json").exists()
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):

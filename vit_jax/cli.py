@@ -6,6 +6,7 @@ must follow `--config`, `1e3` is no integer, and `--help` exits with 1.
 
 import argparse
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -58,8 +59,10 @@ def run_command(command: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except Exception:
-        _fail(traceback.format_exc(), 1)
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _fail(f"error: The disk is full ({error}); what was complete before is kept." if full
+              else traceback.format_exc(), 1)
     sys.stdout.flush()
 
 

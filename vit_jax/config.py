@@ -145,8 +145,8 @@ def check_value(path: str, value: Any) -> Any:
                 f"{', '.join(map(repr, field.choices))}{did_you_mean(str(item), field.choices)}"
             )
         if isinstance(item, (int, float)) and not field.minimum <= item <= field.maximum:
-            limits = [f"at least {field.minimum:g}"] if field.minimum > -math.inf else []
-            limits += [f"at most {field.maximum:g}"] if field.maximum < math.inf else []
+            limits = [f"at least {field.minimum:.10g}"] if field.minimum > -math.inf else []
+            limits += [f"at most {field.maximum:.10g}"] if field.maximum < math.inf else []
             raise UserError(f"config.{path}={item} must be {' and '.join(limits)}.")
     return value
 
@@ -229,6 +229,10 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         low, high = config.data[key]
         if low > high:
             raise UserError(f"config.data.{key}=({low}, {high}) must be (smallest, largest).")
+    first, last = config.profile_steps or (1, 1)
+    if first > last:
+        raise UserError(f"config.profile_steps=({first}, {last}) would record nothing; give "
+                        f"({last}, {first}).")
     smallest = min(image_size(config))
     if config.data.eval_crop == "center_crop" and (config.data.eval_resize or smallest) < smallest:
         raise UserError(

@@ -37,7 +37,7 @@ def _model(type_, help_, **kwargs):
 
 FIELDS: dict[str, Field] = {
     "seed": Field(0, int, "of everything random: initialisation, data order, augmentation, dropout",
-                  minimum=0),
+                  minimum=0, maximum=2**32 - 1),  # JAX drops higher bits
     "task": Field("classification", str, "what is learned: the classes, or without them what "
                   "masked patches look like (self-supervision, the paper's appendix B.1.2)",
                   choices=("classification", "masked_patches")),
@@ -188,7 +188,8 @@ FIELDS: dict[str, Field] = {
     "optimizer.learning_rate": Field(1e-3, float, "peak of the schedule", minimum=0),
     "optimizer.weight_decay": Field(0.0, float, "decoupled, times the learning rate, kernels only",
                                     minimum=0),
-    "optimizer.momentum": Field(0.9, float, "of sgd and adafactor", minimum=0, maximum=1),
+    "optimizer.momentum": Field(0.9, float, "of sgd and adafactor", minimum=0,
+                                maximum=0.999999),
     "optimizer.beta1": Field(0.9, float, "of adam and adamw", minimum=0, maximum=0.999999),
     "optimizer.beta2": Field(0.999, float, "of adam and adamw", minimum=0, maximum=0.999999),
     "optimizer.epsilon": Field(1e-8, float, "of adam and adamw", minimum=0),

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax import config as config_lib
-from vit_jax.checkpoints.load import Contents, fit, read
+from vit_jax.checkpoints.adapt import first_difference
+from vit_jax.checkpoints.load import fit, read
 from vit_jax.data.pipeline import BadImages
 from vit_jax.data.sources import Source, open_eval
 from vit_jax.errors import UserError
@@ -132,8 +133,8 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint without training, at the config's image size and preprocessing.
 
     Args:
-      config: read are data, eval_batch_size, dtype, mesh, loss, init_position_resize, and what
-        `group_blocks` reads.
+      config: read are data, eval_batch_size, dtype, mesh, loss, init_position_resize,
+        model.num_heads (for a file that does not tell), and what `group_blocks` reads.
       path: a run's workdir, or anything that `load_model` reads.
       which: 'last' or 'best' checkpoint of a workdir.
       ema: its averaged weights.
@@ -141,7 +142,7 @@ def evaluate_checkpoint(
     Raises:
       UserError: no checkpoint, one without a head, or data with other classes than its own.
     """
-    contents = read(path, checkpoint=which, ema=ema)
+    contents = read(path, num_heads=config.model.num_heads, checkpoint=which, ema=ema)
     if not contents.fields["num_classes"]:
         raise UserError(
             f"{contents.report.source} has no classes to evaluate; probe its features with "
@@ -151,19 +152,19 @@ def evaluate_checkpoint(
     source = open_eval(
         config.data.source, dir=config.data.dir, eval_split=config.data.eval_split,
         image_size=size)
-    known = contents.class_names
-    if (known or source.class_names) != source.class_names or (
-            contents.fields["num_classes"] != len(source.class_names)):
+    known, names = contents.class_names or source.class_names, source.class_names
+    if known != names or contents.fields["num_classes"] != len(names):
+        as_many = contents.fields["num_classes"] == len(known) == len(names)
+        difference = first_difference(known, names) if as_many else (
+            f"{len(names)} against {contents.fields['num_classes']}")
         raise UserError(
-            f"{source.name} has other classes than {contents.report.source}: "
-            f"{len(source.class_names)} against {contents.fields['num_classes']}."
-        )
+            f"{source.name} has other classes than {contents.report.source}: {difference}.")
     mesh = partition.make_mesh(config)
     model = group_blocks(
         contents.module(**(contents.fields | {"dtype": jnp.dtype(config.dtype)})), config, mesh)
     params = jax.device_put(fit(contents, model, size, config), partition.replicated(mesh))
     bad_images = BadImages(config.data.on_bad_image)
-    pixels = pixel_statistics(config, contents)
+    pixels = pixel_statistics(config, contents.preprocessing)
     evaluation = make_evaluator(model, config, mesh, source, bad_images, pixels)(params)
     print(contents.report)
     print(f"On {source.name}, {config.data.eval_crop} to {size[0]}x{size[1]}:")
@@ -173,9 +174,8 @@ def evaluate_checkpoint(
     return evaluation
 
 
-def pixel_statistics(config: ml_collections.ConfigDict, start: Contents | None) -> Pixels:
-    """Mean and std by the config's word, else by that of the checkpoint, else 0.5."""
-    told = start.preprocessing if start else {}
+def pixel_statistics(config: ml_collections.ConfigDict, told: dict[str, Any]) -> Pixels:
+    """Mean and std by the config's word, else by that of a checkpoint's preprocessing, else 0.5."""
     mean, std = (
         config.data[key] if config.data[key] is not None else told.get(key, 0.5)
         for key in ("mean", "std"))

@@ -1,9 +1,11 @@
 """A training run, from the config to the report."""
 
+import contextlib
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -25,7 +27,13 @@ from vit_jax.training.checkpoint import BEST, Checkpoints, check_same_data, desc
 from vit_jax.training.metrics import MetricsLog, Progress
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.profile import ProfileWindow
-from vit_jax.training.state import build_model, group_blocks, make_init, params_shapes
+from vit_jax.training.state import (
+    build_model,
+    fields_from_json,
+    group_blocks,
+    make_init,
+    params_shapes,
+)
 from vit_jax.training.step import make_train_step
 from vit_jax.training.stop import StopSignal
 from vit_jax.training.task import make_task_loss
@@ -41,6 +49,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
       UserError: something the user can mend; what was saved before stays.
       Stopped: `stop` was requested; the state was saved.
     """
+    with contextlib.ExitStack() as held:
+        _train(config, workdir, stop, held)
+
+
+def _train(config, workdir, stop, held):
+    """`held` is left when the run ends, however it does."""
     # Data.
     size = config_lib.image_size(config)
     train_source, eval_source = open_splits(
@@ -54,11 +68,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     # Devices, model, optimizer.
     mesh = partition.make_mesh(config)
     parallel.check_devices(config, mesh)
-    start = read(config.init) if config.init else None
-    pixels = pixel_statistics(config, start)
-    plain = build_model(config, len(classes), size, start.fields if start else None)
+    start, fields, told = _start(config, workdir)
+    pixels = pixel_statistics(config, told)
+    plain = build_model(config, len(classes), size, fields)
     model = group_blocks(plain, config, mesh)
-    start_params = fit(start, model, size, config) if start else None
+    start_params = fit(start, model, size, config, classes) if start else None
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
     init = make_init(model, optimizer, size, config.seed, ema=config.ema_decay is not None)
@@ -67,6 +81,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
 
     # A new run, or one to continue.
     changes = workdir_lib.claim(workdir, config)
+    held.enter_context(workdir_lib.alone(workdir))
     summary = summarize(plain, size)
     print(format_summary(summary))
     for line in describe(config, mesh, model, train_source, eval_source, total_steps):
@@ -83,8 +98,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
         raise UserError(f"{workdir} is at step {first_step}, beyond the {total_steps} steps asked "
                         "for; raise config.total_steps or use another --workdir.")
     if first_step:
-        check_same_data(meta, checkpoints.meta(first_step))
+        stored = checkpoints.meta(first_step)
+        workdir_lib.check_same_run(config, stored["config"], workdir)
+        check_same_data(meta, stored)
         state = checkpoints.restore(first_step, shapes, shardings)
+        workdir_lib.renew(workdir, config)
         print(f"Continuing from step {first_step}.", flush=True)
     else:
         state = jax.jit(init, out_shardings=shardings)()
@@ -121,8 +139,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     saved_step = first_step
     evaluation, usable = None, False
 
+    all_finite = jax.jit(
+        lambda params: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)])),
+        out_shardings=partition.replicated(mesh))
+
     def save(step, scalars=None):
         check_finite(unchecked, workdir, checkpoints)
+        if not all_finite(state.params):
+            raise UserError(_not_finite("weights", "nan or inf", step, workdir, checkpoints))
         checkpoints.save(step, state, meta, scalars)
 
     # The loop. Everything due after a step happens in this order: log, evaluate, save, stop.
@@ -200,6 +224,21 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
     print(evaluation.final_line(), flush=True)
 
 
+def _start(config, workdir):
+    """What config.init holds, with the model's fields and the preprocessing that it tells; of a run
+    that goes on the last two, from its own checkpoint: config.init need not be there any more."""
+    if not config.init:
+        return None, None, {}
+    directory = workdir / "checkpoints"
+    if directory.is_dir():
+        with contextlib.closing(Checkpoints(directory, writable=False)) as checkpoints:
+            if checkpoints.last_step:
+                meta = checkpoints.meta(checkpoints.last_step)
+                return None, fields_from_json(meta["model"]), meta["preprocessing"]
+    start = read(config.init, num_heads=config.model.num_heads)
+    return start, start.fields, start.preprocessing
+
+
 def _probe_sources(config, size, train_source, eval_source):
     """(training, evaluation) data of the probes: the run's own, or that of probes.source."""
     if config.probes.source is None:
@@ -214,16 +253,18 @@ def check_finite(unchecked: list, workdir: Path, checkpoints: Checkpoints) -> No
     for step, metrics in jax.device_get(unchecked):
         for name in ("loss", "grad_norm"):
             if not np.isfinite(metrics[name]):
-                saved = checkpoints.last_step
-                kept = f"the checkpoint of step {saved} in {workdir} is kept" if saved else (
-                    "no checkpoint had been written")
-                raise UserError(
-                    f"The {name.replace('grad_norm', 'gradient norm')} became {metrics[name]} at "
-                    f"step {step}; {kept}. Lower config.optimizer.learning_rate, lengthen "
-                    "config.schedule.warmup_steps or set config.optimizer.clip_norm, in a new "
-                    "--workdir."
-                )
+                raise UserError(_not_finite(name.replace("grad_norm", "gradient norm"),
+                                            metrics[name], step, workdir, checkpoints))
     unchecked.clear()
+
+
+def _not_finite(what, value, step, workdir, checkpoints):
+    saved = checkpoints.last_step
+    kept = f"the checkpoint of step {saved} in {workdir} is kept" if saved else (
+        "no checkpoint had been written")
+    return (f"The {what} became {value} at step {step}; {kept}. Lower "
+            "config.optimizer.learning_rate, lengthen config.schedule.warmup_steps or set "
+            "config.optimizer.clip_norm, in a new --workdir.")
 
 
 def describe(config, mesh, model, train_source, eval_source, total_steps) -> list[str]:

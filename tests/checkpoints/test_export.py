@@ -253,6 +253,48 @@ def test_npz_that_only_vit_jax_reads(tmp_path, fields):
 # What is written beside the weights.
 
 @pytest.mark.core
+@pytest.mark.parametrize("variant, size, heads", [("B/16", (16, 16), 12), ("R+Ti/16", (32, 32), 3)])
+def test_timm_is_told_what_shapes_do_not_tell(tmp_path, variant, size, heads):
+    """Of width 192, where 12 heads are those of timm's base, and 3 what the width suggests."""
+    fields = dict(hidden_size=192, num_heads=heads, num_layers=1, activation="gelu")
+    loaded = make(size, variant, **fields)
+    report = export_model(loaded, "timm", tmp_path / "out")
+    assert report.verification.status != "FAIL"
+    args = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    assert (args["num_heads"], args["act_layer"]) == (heads, "gelu")
+    back = load_model(tmp_path / "out")
+    assert (back.model.num_heads, back.model.activation) == (heads, "gelu")
+    images = pixels(2, *size)
+    np.testing.assert_allclose(apply(back.model, back.params, images),
+                               apply(loaded.model, loaded.params, images), atol=1e-6)
+
+
+@pytest.mark.core
+def test_every_file_has_the_usual_mode(tmp_path):
+    export_model(make(), "timm", tmp_path / "out", check=False)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
+@pytest.mark.core
+def test_what_an_npz_cannot_hold(tmp_path):
+    told = dict(mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4])
+    names = ("cat", "dog", "x", "y", "z")
+    loaded = make((16, 64), preprocessing=told, class_names=names)
+    warned = export_model(loaded, "npz", tmp_path / "a.npz", check=False).warnings
+    assert len(warned) == 3
+    for what in ("trained_size=(16, 64)", "mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4]",
+                 "names of the 5 classes"):
+        assert sum(what in text for text in warned) == 1, what
+    back = load_model(tmp_path / "a.npz", trained_size=(16, 64), **told)  # as they say
+    assert back.metadata["preprocessing"] == loaded.metadata["preprocessing"] | {
+        "antialias": False}
+    assert not export_model(make(), "npz", tmp_path / "b.npz", check=False).warnings
+    half = make(preprocessing=dict(mean=[0.5] * 3, std=[0.5] * 3))
+    assert not export_model(half, "npz", tmp_path / "c.npz", check=False).warnings
+    assert not export_model(loaded, "timm", tmp_path / "timm", check=False).warnings
+
+
+@pytest.mark.core
 def test_a_directory_and_its_account(tmp_path):
     names = ("cat", "dog", "Äpfel", "two\nlines", "y")
     report = export_model(make(class_names=names), "timm", tmp_path / "out", check=False)
@@ -332,11 +374,11 @@ def test_timms_transform_is_ours(tmp_path, torch, crop):
 def test_timms_names():
     names = {v: targets.timm_architecture(create_model(v, num_classes=3), (224, 224))
              for v, (module, fields) in VARIANTS.items() if "patch_size" in fields}
-    assert names["B/16"] == (
-        "vit_base_patch16_224", {"img_size": [224, 224], "act_layer": "gelu_tanh"})
+    assert names["B/16"] == ("vit_base_patch16_224", {
+        "img_size": [224, 224], "num_heads": 12, "act_layer": "gelu_tanh"})
     assert names["G/14"][0] == "vit_gigantic_patch14_224"
     assert names["R50+L/32"][0] == "vit_large_r50_s32_224"
-    overridden = {v for v, (_, args) in names.items() if len(args) > 2}
+    overridden = {v for v, (_, args) in names.items() if len(args) > 3}
     assert overridden == {"R26+B/32", "R50+B/32", "R50+L/16"}
     at_384 = targets.timm_architecture(create_model("L/16", num_classes=3), (384, 384))
     assert at_384[0] == "vit_large_patch16_384"
@@ -561,6 +603,19 @@ def test_what_lies_there_already(tmp_path):
     export_model(make(), "npz", file, check=False)
     assert "exists" in refusal(export_model, make(), "npz", file)
     export_model(make(), "npz", file, check=False, overwrite=True)
+    other = tmp_path / "notes.txt"
+    other.write_text("thesis")
+    assert "no earlier export" in refusal(
+        export_model, make(), "npz", other, check=False, overwrite=True)
+    assert other.read_text() == "thesis"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("target, length", [("npz", 225), ("timm", 300)])
+def test_a_name_that_is_too_long(tmp_path, target, length):
+    message = refusal(export_model, make(), target, tmp_path / ("x" * length), check=False)
+    assert "File name too long" in message
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.core

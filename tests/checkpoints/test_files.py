@@ -154,6 +154,23 @@ def test_shards(shards):
         assert (file.kind, file.path, file.config) == ("safetensors", index, {})
 
 
+def test_shards_of_pytorch(tmp_path, torch):
+    state = as_torch(torch)
+    shard_of = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(state)}
+    for shard in set(shard_of.values()):
+        torch.save({name: state[name] for name in state if shard_of[name] == shard},
+                   tmp_path / shard)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+    (tmp_path / "config.json").write_text("{}")
+    for path in (index, tmp_path):
+        file = read_tensors(path)
+        assert_same(file.tensors, TENSORS)
+        assert (file.kind, file.path, file.config) == ("torch", index, {})
+    index.write_text('{"weight_map": {}}')
+    assert "holds no tensors" in refused(index)
+
+
 @core
 def test_shards_that_do_not_belong_together(shards, tmp_path_factory):
     index, _, weight_map = shards

@@ -61,12 +61,14 @@ def account(loaded, path):
 @pytest.mark.parametrize("prefix", BESIDE)
 @pytest.mark.parametrize("slot", [True, False])
 def test_dialects(tmp_path, model, params, prefix, slot):
-    """Both numberings, the three places of the position embedding, stacked and not."""
+    """Both numberings, the three places of the position embedding, stacked and not. Only the first
+    place always has a slot for the class token."""
     expected = jax.tree.map(np.copy, params)
     if not slot:
         expected["Transformer"]["posembed_input"]["pos_embedding"][:, 0] = 0
     logits = apply(model, expected, pixels())
-    for number, (classic, place) in enumerate(itertools.product([True, False], PLACES)):
+    places = PLACES if slot else [place for place in PLACES if place != POSITIONS]
+    for number, (classic, place) in enumerate(itertools.product([True, False], places)):
         stacked = bool((number + slot) % 2)  # with both values of `slot`, all combinations
         path = google_npz(tmp_path / f"{number}.npz", params, prefix=prefix, slot=slot,
                           classic=classic, place=place, stacked=stacked, beside=BESIDE[prefix])
@@ -166,14 +168,30 @@ def test_rectangles(tmp_path):
         with pytest.raises(UserError, match=r"position embeddings are no square grid; load_"):
             vit_jax.load_model(path)
         loaded = vit_jax.load_model(path, image_size=(28, 12))
-        assert loaded.report.assumptions[0].startswith("activation")
+        assert loaded.report.assumptions[0] == (
+            "a grid of 7x3 patches, as of the image size asked for")
+        told = vit_jax.load_model(path, trained_size=(28, 12))
+        assert told.report.assumptions[0].startswith("activation")
         expected = flat(params)[POSITIONS]
         np.testing.assert_array_equal(flat(loaded.params)[POSITIONS][:, 1:], expected[:, 1:])
 
 
+def test_a_rectangle_of_as_many_tokens_as_a_square_without_a_slot(tmp_path):
+    """2 x 4 patches and a class token are 9, as 3 x 3 patches alone in big_vision's files."""
+    params = random_params(tiny(), 8, 16)
+    path = google_npz(tmp_path / "a.npz", params)
+    with pytest.raises(UserError, match="its 8 position embeddings are no square grid; load_"):
+        vit_jax.load_model(path)
+    for options in (dict(image_size=(8, 16)), dict(trained_size=(8, 16))):
+        assert_same(vit_jax.load_model(path, **options).params, params)
+    path = google_npz(tmp_path / "b.npz", random_params(tiny(), 12, 12), place="pos_embedding",
+                      slot=False)
+    assert "a square grid of 3x3 patches" in vit_jax.load_model(path).report.assumptions
+
+
 def test_resize_without_a_class_slot(tmp_path, params):
     """The size that is asked for is not taken for the size that it was trained at."""
-    path = google_npz(tmp_path / "a.npz", params, slot=False)
+    path = google_npz(tmp_path / "a.npz", params, place="pos_embedding", slot=False)
     loaded = vit_jax.load_model(path, image_size=12)
     assert flat(loaded.params)[POSITIONS].shape == (1, 10, 16)
     assert [entry[3] for entry in loaded.report.resized] == [

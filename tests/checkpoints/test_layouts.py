@@ -146,6 +146,29 @@ def test_activation_of_the_config(tmp_path, model_args):
     assert_equal_output(loaded, module)
 
 
+@pytest.mark.parametrize("architecture, heads, activation", [
+    ("vit_small_patch16_224", 6, "gelu"),  # a name of ours
+    ("vit_base_patch16_gap_224", 16, "gelu"),  # timm's alone
+    ("vit_giantopt_patch16_siglip_gap_256.v2_webli", 16, "gelu_tanh"),
+])
+def test_heads_and_activation_of_the_architecture(tmp_path, architecture, heads, activation):
+    module = tiny_timm(embed_dim=48 * heads // 6, num_heads=heads, act_layer=activation, depth=1)
+    save_directory(tmp_path, module, architecture=architecture)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"model_args": {}})
+    loaded = vit_jax.load_model(tmp_path)
+    assert (loaded.model.num_heads, loaded.model.activation) == (heads, activation)
+    assert_equal_output(loaded, module)
+    assert not any("activation" in text for text in loaded.report.assumptions)
+
+
+@pytest.mark.parametrize("architecture", ["vit_of_my_own", "resnet18", None, 3])
+def test_architectures_that_tell_nothing(tmp_path, architecture):
+    save_directory(tmp_path, tiny_timm(), architecture=architecture)
+    loaded = vit_jax.load_model(tmp_path)
+    assert "activation gelu, as PyTorch has it" in loaded.report.assumptions
+
+
 def test_pooling(tmp_path):
     def module_of(**options):
         return tiny_timm(global_pool="avg", **options)
@@ -339,6 +362,26 @@ def test_hf_center_crop(tmp_path, transformers):
     assert loaded.metadata["preprocessing"]["resize"] == 10
 
 
+@pytest.mark.parametrize("preprocessor, expected", [
+    (dict(size=8), dict(crop="squash", resize=None)),  # ViTFeatureExtractor's
+    (dict(size=10, crop_size=8, do_center_crop=True), dict(crop="center_crop", resize=10)),
+    (dict(size=dict(height=10, width=10), crop_size=dict(height=8, width=8), do_center_crop=True),
+     dict(crop="center_crop", resize=10)),  # DeiT's
+    (dict(crop_size=8, do_center_crop=True), dict(crop="center_crop", resize=8)),
+    (dict(size=8, do_normalize=False, image_mean=[0.1] * 3), dict(mean=0.0, std=1.0)),
+], ids=json.dumps)
+def test_hf_preprocessors(tmp_path, preprocessor, expected):
+    """Also beside other weights than Hugging Face's."""
+    save(tmp_path / "model.safetensors", tiny_timm())
+    write_json(tmp_path / "preprocessor_config.json", preprocessor)
+    loaded = vit_jax.load_model(tmp_path, num_heads=2)
+    found = loaded.metadata["preprocessing"]
+    assert {key: found[key] for key in expected} == expected
+    squashes = isinstance(preprocessor.get("size"), dict)
+    assert squashes == any("in place of both sides to 10x10" in text
+                           for text in loaded.report.assumptions)
+
+
 # ---- torchvision ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("representation_size", [None, 12])
@@ -404,6 +447,22 @@ def test_resize_as_timm_does(tmp_path, new):
             module.pos_embed.detach().numpy(), old_grid=(4, 4),
             new_grid=(new[0] // 4, new[1] // 4), prefix=1, mode=mode)
         np.testing.assert_array_equal(flat(loaded.params)[POSITIONS], expected)
+
+
+def test_resize_to_as_many_patches(tmp_path):
+    """Which timm's loader leaves as they are, row after row of another length."""
+    options = TINY | dict(img_size=(16, 16))
+    module = randomise(timm.models.VisionTransformer(**options))
+    path = save(tmp_path / "a.safetensors", module)
+    other = timm.models.VisionTransformer(**(options | dict(img_size=(8, 32))))
+    cls, grid = module.pos_embed[:, :1], module.pos_embed[:, 1:]
+    grid = torch.nn.functional.interpolate(
+        grid.reshape(1, 4, 4, 16).permute(0, 3, 1, 2), (2, 8), mode="bicubic", antialias=True)
+    resized = torch.cat([cls, grid.flatten(2).transpose(1, 2)], 1)
+    other.load_state_dict(module.state_dict() | {"pos_embed": resized})
+    loaded = vit_jax.load_model(
+        path, num_heads=2, image_size=(8, 32), position_resize="bicubic_antialias")
+    assert_equal_output(loaded, other.eval(), (8, 32))
 
 
 def test_patch_size_as_timm_does(tmp_path):

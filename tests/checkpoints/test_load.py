@@ -93,6 +93,24 @@ def test_workdir_at_another_size(workdir):
     assert flat(loaded.params)[POSITIONS].shape == (1, 25, 16)
 
 
+@pytest.mark.parametrize("file", [
+    "state/_METADATA", "state/_sharding", "state/manifest.ocdbt", "metrics/metrics"])
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_workdir_that_was_not_copied_whole(workdir, tmp_path, which, file):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    for path in copy.glob(f"checkpoints/*/{file}"):
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="(cannot be read|is damaged or incomplete) .*copy it aga"):
+        vit_jax.load_model(copy, checkpoint=which)
+
+
+def test_workdir_without_the_state(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints/2/state")
+    with pytest.raises(UserError, match="The checkpoint of step 2 .*cannot be read .*state"):
+        vit_jax.load_model(copy)
+
+
 def test_workdir_without_a_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text("{}")
@@ -173,12 +191,35 @@ def test_a_rectangular_grid_is_resized_in_one_call(tmp_path):
         vit_jax.load_model(plain, trained_size=(12, 28))
 
 
-def test_another_shape_of_as_many_patches(path):
+@pytest.mark.parametrize("mode", POSITION_MODES)
+def test_another_shape_of_as_many_patches(path, params, mode, tmp_path):
     """16 patches as 2 x 8 are not the 4 x 4 of before."""
-    loaded = vit_jax.load_model(path, image_size=(16, 16), patch_size=4)
-    assert loaded.metadata["position_resize"] is None
-    reshaped = vit_jax.load_model(path, image_size=(12, 12))
-    assert flat(reshaped.params)[POSITIONS].shape == (1, 10, 16)
+    loaded = vit_jax.load_model(path, image_size=(8, 32), position_resize=mode)
+    old = flat(params)[POSITIONS]
+    np.testing.assert_array_equal(flat(loaded.params)[POSITIONS], resize_position_embedding(
+        old, old_grid=(4, 4), new_grid=(2, 8), prefix=1, mode=mode))
+    assert loaded.report.resized == [
+        (POSITIONS, old.shape, old.shape, f"position embedding, {mode}")]
+    assert loaded.metadata["position_resize"] == mode
+    assert "a square grid of 4x4 patches" in loaded.report.assumptions
+    account(loaded, path)
+    # As it is, where that was said, and back.
+    told = vit_jax.load_model(path, trained_size=(8, 32))
+    np.testing.assert_array_equal(flat(told.params)[POSITIONS], old)
+    square = vit_jax.load_model(path, trained_size=(8, 32), image_size=16, position_resize=mode)
+    np.testing.assert_array_equal(flat(square.params)[POSITIONS], resize_position_embedding(
+        old, old_grid=(2, 8), new_grid=(4, 4), prefix=1, mode=mode))
+
+
+def test_sizes_of_other_types(path):
+    for size in (np.int64(8), [np.int32(8), 8]):
+        loaded = vit_jax.load_model(path, image_size=size)
+        assert loaded.metadata["preprocessing"]["image_size"] == [8, 8]
+    for size in ("32", (32,), 32.0, (8, "8"), None):
+        with pytest.raises(UserError, match="image_size=.* must be one whole number, or two"):
+            vit_jax.load_model(path, image_size=size)
+    with pytest.raises(UserError, match="trained_size='x' must be one whole number"):
+        vit_jax.load_model(path, trained_size="x")
 
 
 def test_head(path, params):

@@ -110,7 +110,7 @@ def test_extensions_nested_folders_and_hidden_files(tmp_path):
     for name in ("notes.txt", ".hidden.jpg", ".thumbnails/a.jpg", "g.tif", "jpg"):
         put(tmp_path / "train" / "cat" / name)
     put(tmp_path / "train" / ".cache" / "x.jpg")
-    put(tmp_path / "__MACOSX" / "train" / "x.jpg")  
+    put(tmp_path / "__MACOSX" / "train" / "x.jpg")
     put(tmp_path / ".git" / "x.jpg")
     fill(tmp_path / "train", dog=1)
     fill(tmp_path / "val", cat=1)

@@ -134,8 +134,9 @@ def test_only_results_of_this_config_count(make, tmp_path):
         assert (found is not None) == counts, key
 
 
-def test_a_damaged_result_is_named(make, tmp_path):
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": 3}', '{"config": {"sead": 1}}'])
+def test_a_damaged_result_is_named(make, tmp_path, text):
     run = make(NAMED, ACCURACIES)[0]
-    (tmp_path / run.name / "result.json").write_text("{")
+    (tmp_path / run.name / "result.json").write_text(text)
     with pytest.raises(UserError, match="none-stem-0/result.json cannot be read .*delete it"):
         results.read(tmp_path, run)

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_jax.devices import find
+from vit_jax.errors import UserError
 from vit_jax.training import metrics
 from vit_jax.training.metrics import MetricsLog, Progress, format_seconds, read_metrics
 
@@ -54,6 +55,8 @@ def test_entries_after_the_checkpoint_are_cut(tmp_path, resumed, kept):
     ('{"step": 3, "train/loss": 1.0}', [1, 2, 3]),  # only the end of the line is missing
     ("\0\0\0\0", [1, 2]),  # what some file systems leave after a power failure
     ("", [1, 2]),
+    ("3", [1, 2]),  # JSON, but no entry
+    ('{"step": "3"}', [1, 2]),
 ])
 def test_a_last_line_that_a_kill_cut_short(tmp_path, tail, kept):
     log_steps(tmp_path, [1, 2])
@@ -68,6 +71,19 @@ def test_a_last_line_that_a_kill_cut_short(tmp_path, tail, kept):
 
 def test_no_file_is_no_entries(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_entries_end_at_bytes_that_are_no_text(tmp_path):
+    log_steps(tmp_path, [1])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"step": 2}\n')
+    assert steps_of(tmp_path) == [1]
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="/metrics.jsonl cannot be read: Is a directory; check"):
+        MetricsLog(tmp_path, 0)
 
 
 def accumulate(workdir):

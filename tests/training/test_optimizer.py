@@ -59,6 +59,11 @@ def test_schedules_against_their_formulas(name, warmup):
     np.testing.assert_allclose(ours, np.where(steps < warmup, peak, decay) * growth, rtol=1e-5)
 
 
+def test_a_timescale_beyond_32_bits():
+    ours = rates([0, 5], schedule_name="rsqrt", schedule_timescale=3_000_000_000)
+    assert ours == pytest.approx([0.03, 0.03])
+
+
 def test_a_schedule_without_warmup_starts_at_the_peak():
     """Not at zero: the first update would be lost."""
     assert rates([0], schedule_warmup_steps=0) == pytest.approx([0.03])
@@ -261,3 +266,20 @@ def test_patterns_that_cannot_be_meant(frozen, message):
     config = configure(optimizer_frozen=frozen)
     with pytest.raises(UserError, match=message):
         make_optimizer(config, make_schedule(config, 100), tree(0))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("encoderblock_?1?/",), ("encoderblock",)])
+def test_layer_decay_counts_frozen_blocks(frozen, stacked):
+    """The embedding has three layers behind it and the head none, whichever of them train."""
+    blocks = {"encoderblock": {"kernel": jnp.ones((2, 3))}} if stacked else {
+        f"encoderblock_{i}": {"kernel": jnp.ones(3)} for i in range(2)}
+    params = {"embedding": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.ones(3)},
+              "Transformer": blocks}
+    config = configure(optimizer_name="sgd", optimizer_layer_decay=0.5, optimizer_frozen=frozen,
+                       optimizer_momentum=0.0, optimizer_clip_norm=None)
+    optimizer = make_optimizer(config, make_schedule(config, 10), params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params),
+                                  params)
+    np.testing.assert_allclose(updates["embedding"]["kernel"], -0.03 * 0.5**3, rtol=1e-6)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.03, rtol=1e-6)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxprs import equations, named
 from tiny import make_tiny_config
-from tiny_steps import SIZE, make_batch, run
+from tiny_steps import SIZE, build, make_batch, run
 
 from vit_jax.config import validate
 from vit_jax.models.scan import unstack_blocks
@@ -71,6 +72,22 @@ def test_accumulation_equals_the_full_batch_with_masked_images(tiny_config):
     for ours, theirs in zip(
         jax.tree.leaves(parts[1].params), jax.tree.leaves(whole[1].params), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_what_only_frozen_parameters_need_is_not_computed(tiny_config):
+    """With the head alone there are but its own products behind the forward pass; and what is not
+    trained has no part in the norm."""
+    found = {}
+    for frozen in ((), ("^(?!head/)",), ("encoderblock_0",)):
+        tiny_config.optimizer.frozen = frozen
+        make_step, init = build(validate(tiny_config))
+        products = named(equations(make_step(axis_name=None), jax.eval_shape(init), make_batch(0)),
+                         "dot_general")
+        _, metrics = jax.jit(make_step(axis_name=None))(jax.jit(init)(), make_batch(0))
+        found[frozen] = len(products), float(metrics["grad_norm"])
+    (everything, norm), (head, head_norm), (part, _) = found.values()
+    assert head < part < everything and head < 0.4 * everything
+    assert head_norm <= norm
 
 
 def test_masked_images_do_not_count(tiny_config):

@@ -43,6 +43,7 @@ def adapt(
     channels: int = 3,
     position_resize: str = "corner_aligned",
     reset_head: bool = False,
+    class_names: tuple[tuple[str, ...], tuple[str, ...]] | None = None,
 ) -> Params:
     """Returns exactly the parameters that the model needs.
 
@@ -55,6 +56,8 @@ def adapt(
       channels: of its images.
       position_resize: one of `resize.POSITION_MODES`.
       reset_head: replaces the head even where the number of classes agrees.
+      class_names: those of the checkpoint and those that are wanted, where both are known. The
+        head is brought into the order of the latter, or replaced if they are others.
 
     Raises:
       UserError: tensors are missing or left over; named with the nearest.
@@ -68,7 +71,7 @@ def adapt(
               report)
     why = "asked for" if reset_head else (
         "it belonged to the representation layer" if drops_representation else None)
-    _fit_head(params, wanted, model, why, report)
+    _fit_head(params, wanted, model, why, class_names, report)
     if "cls" in params and "cls" not in wanted:
         _drop(params, ("cls",), "the model has no class token", report)
         if POSITIONS in params:
@@ -81,13 +84,17 @@ def adapt(
 
     for path, tensor in params.items():
         shape = wanted.get(path)
-        if shape is None or tensor.shape == shape:
-            continue
-        how = None
-        if path.endswith("/posembed_input/pos_embedding"):  # at the stem or in a block
+        is_positions = path.endswith("/posembed_input/pos_embedding")  # at the stem or in a block
+        if is_positions:
             stride = model.patch_size * model.stem_stride
             prefix = int("cls" in params)
             new_grid = (size[0] // stride, size[1] // stride)
+        # 4 x 4 and 2 x 8 patches are as many, and yet another grid.
+        other_grid = is_positions and old_grid not in (None, new_grid)
+        if shape is None or (tensor.shape == shape and not other_grid):
+            continue
+        how = None
+        if is_positions:
             tensor = resize.resize_position_embedding(
                 tensor, old_grid=old_grid, new_grid=new_grid, prefix=prefix, mode=position_resize)
             how = f"position embedding, {position_resize}"
@@ -112,7 +119,7 @@ def _first_layer(wanted):
     return "conv_root/kernel" if "conv_root/kernel" in wanted else "embedding/kernel"
 
 
-def _fit_head(params, wanted, model, why, report):
+def _fit_head(params, wanted, model, why, class_names, report):
     names = ("head/kernel", "head/bias")
     if names[0] not in wanted:
         _drop(params, names, "features are asked for, not classes", report)
@@ -122,12 +129,28 @@ def _fit_head(params, wanted, model, why, report):
         why = "the file has no head"
     elif have.shape[-1] != wanted[names[0]][-1]:
         why = f"{have.shape[-1]} classes in the file, {wanted[names[0]][-1]} in the model"
+    elif why is None and class_names and class_names[0] != class_names[1]:
+        theirs, ours = class_names
+        if sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours):
+            order = [theirs.index(name) for name in ours]
+            for name in names:
+                params[name] = params[name][..., order]
+                report.resized.append((name, wanted[name], wanted[name],
+                                       "classes brought into the order of the data"))
+            return
+        why = f"the file has other classes: {first_difference(theirs, ours)}"
     if why is None:
         return
     _drop(params, names, "replaced by a new head", report)
     params[names[0]] = np.zeros(wanted[names[0]], np.float32)
     params[names[1]] = np.full(wanted[names[1]], model.head_bias_init, np.float32)
     report.reset += [(name, wanted[name], why) for name in names]
+
+
+def first_difference(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
+    """Of as many class names, the first that differ, in words for the user."""
+    index = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if len(set(pair)) > 1)
+    return f"class {index} is {theirs[index]!r:.80} in the file, {ours[index]!r:.80} in the data"
 
 
 def _drop(params, names, why, report):

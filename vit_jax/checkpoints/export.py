@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from vit_jax.checkpoints.verify import (
 )
 from vit_jax.errors import UserError
 from vit_jax.models.positions import sincos_2d
+from vit_jax.models.resnet import ResNet
 from vit_jax.models.scan import unstack_blocks
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training.state import model_to_json
@@ -196,7 +198,8 @@ def export_model(
         source=loaded.report.source, target=target, path=str(out),
         parameters=(len(params), len(params)), tensors=len(tensors),
         numbers=sum(x.size for x in tensors.values()), dtype=dtype, changes=changes,
-        effects=effects, warnings=_warnings(target, model, params, loaded.metadata),
+        effects=effects,
+        warnings=_warnings(target, model, params, loaded.metadata, class_names),
         model=model_to_json(model), preprocessing=preprocessing,
         class_names=class_names, load=str(loaded.report).splitlines(),
         verification=Verification(reason="not asked for"))
@@ -287,7 +290,7 @@ def _effect(before, after, images):
     return effect | {"images": len(images)}
 
 
-def _warnings(target, model, params, metadata):
+def _warnings(target, model, params, metadata, class_names):
     warnings, preprocessing = [], metadata["preprocessing"]
     if metadata.get("loss") == "sigmoid":
         warnings.append("it was trained with a sigmoid loss: the probability of a class is the "
@@ -303,9 +306,27 @@ def _warnings(target, model, params, metadata):
             warnings.append("the image processor resizes the short side of an image, here the side "
                             f"that is short relative to {height}x{width} is resized")
         return warnings
+    return warnings + _lost_in_npz(model, preprocessing, class_names)
+
+
+def _lost_in_npz(model, preprocessing, class_names):
+    """What tensors alone do not tell, where it is not what a reader of the file would take."""
+    warnings = []
     if getattr(model, "activation", "gelu_tanh") != "gelu_tanh":
         warnings.append("an npz cannot tell the activation; load it with activation="
                         f"'{model.activation}', which is not Google's")
+    height, width = preprocessing["image_size"]
+    if height != width:
+        option = "image_size" if isinstance(model, ResNet) else "trained_size"
+        warnings.append("an npz cannot tell the image size, and a square is taken for it; load it "
+                        f"with {option}=({height}, {width})")
+    mean, std = preprocessing["mean"], preprocessing["std"]
+    if np.any(np.not_equal(mean, 0.5)) or np.any(np.not_equal(std, 0.5)):
+        warnings.append("an npz cannot hold mean and std, and 0.5 is taken for both; load it with "
+                        f"mean={mean}, std={std}")
+    if class_names:
+        warnings.append(f"an npz cannot hold the names of the {len(class_names)} classes, and no "
+                        f"option of load_model takes them; the {REPORT} beside it has them")
     for part in ("register_tokens", "layer_scale"):
         if getattr(model, part, None):
             warnings.append(f"only vit_jax reads {part.replace('_', ' ')} from an npz")
@@ -326,6 +347,8 @@ def _write_directory(path, report, model, tensors, size, channels, matched):
         files["config.json"][epsilon.MATCHED] = True
     for name, contents in files.items():
         _write_json(path / name, contents)
+    # safetensors writes a private file, which others could not read beside its config.
+    shutil.copymode(path / "config.json", path / "model.safetensors")
     if report.class_names:
         _write_json(path / "class_names.json", list(report.class_names))
 
@@ -333,7 +356,7 @@ def _write_directory(path, report, model, tensors, size, channels, matched):
 def _write_account(temporary, final, report):
     """The report and the card, of an npz the report beside it."""
     if report.target == "npz":
-        beside = final.with_name(f"{final.name}.{REPORT}")
+        beside = output.beside(final)
         with output.temporary(beside) as part:
             _write_json(part, report.to_json())
             part.replace(beside)

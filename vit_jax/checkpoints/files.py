@@ -28,7 +28,8 @@ _DTYPES = {
     "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64",
 }
 # In the order in which a directory is searched; after them, its only file with such a suffix.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+            "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 
 # Where training scripts put the state dict, averaged weights first (as timm prefers them), and what
@@ -114,19 +115,20 @@ def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ..
     shard_of = _read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(x, str) for x in shard_of.values()):
         raise UserError(f"{index} has no 'weight_map' from names to files; download it again.")
-    tensors = {}
+    tensors, kinds = {}, set()
     for shard in sorted(set(shard_of.values())):
         # Keeps the reader inside the directory.
         if Path(shard).name != shard or not shard.endswith(_SUFFIXES):
             raise UserError(f"{index} names {shard!r:.80}, which is no weights file beside it; "
                             "download it again.")
         part, kind, _ = _read_file(index.with_name(shard))
+        kinds.add(kind)
         expected = {name for name, file in shard_of.items() if file == shard}
-        if kind != "safetensors" or set(part) != expected:
+        if kind == "npz" or len(kinds) > 1 or set(part) != expected:
             raise UserError(f"{index.with_name(shard)} does not hold the tensors that {index.name} "
                             "promises; download both again.")
         tensors |= part
-    return tensors, "safetensors", ()
+    return tensors, *(kinds or ["safetensors"]), ()
 
 
 def _read_file(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.checkpoints import libraries
 from vit_jax.checkpoints.layouts import BLOCK, POSITIONS, Structure
 from vit_jax.checkpoints.report import LoadReport
 from vit_jax.errors import UserError
 from vit_jax.models.resnet import total_stride
+from vit_jax.models.variants import VARIANTS, canonical_name
 
 # Attention heads by width, where a fused or flat query matrix does not show them: DeiT and AugReg's
 # Ti and S, the paper's B, L and H, and g and G (arXiv 2106.04560).
@@ -21,13 +23,15 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "
 
 
 def num_heads(width: int, config: Mapping[str, Any] | None, report: LoadReport) -> int:
-    """Attention heads of a file whose tensors do not show them.
+    """Attention heads of a file whose tensors do not show them: as its config says, or has the
+    architecture that it names; else as usual for the width.
 
     Raises:
       UserError: an unknown width, and no config that tells.
     """
     config = config or {}
-    told = config.get("num_attention_heads") or (config.get("model_args") or {}).get("num_heads")
+    told = (config.get("num_attention_heads") or (config.get("model_args") or {}).get("num_heads")
+            or _architecture(config).get("num_heads"))
     if told:
         return int(told)
     if width in HEADS:
@@ -37,6 +41,20 @@ def num_heads(width: int, config: Mapping[str, Any] | None, report: LoadReport) 
         f"{report.source}: the number of attention heads cannot be told from the shapes, and no "
         f"convention exists for width {width}; pass num_heads=."
     )
+
+
+def _architecture(config):
+    """What the architecture fixes that a timm config names, or {} where it is not known."""
+    name = config.get("architecture")
+    if not isinstance(name, str):
+        return {}
+    if name == "torchvision.models.VisionTransformer":
+        return {"activation": "gelu"}
+    try:
+        fields = VARIANTS[canonical_name(name)][1]
+    except ValueError:
+        return libraries.timm_fields(name)
+    return {"num_heads": fields.get("num_heads"), "activation": "gelu"}
 
 
 def model_fields(params: Mapping[str, np.ndarray], structure: Structure) -> dict[str, Any]:
@@ -65,18 +83,23 @@ def model_fields(params: Mapping[str, np.ndarray], structure: Structure) -> dict
 
 
 def activation(dialect: str, config: Mapping[str, Any] | None, report: LoadReport) -> str:
-    """The MLP's activation: a config's word, else the dialect's custom."""
+    """The MLP's activation: a config's word, or that of the architecture it names, else the
+    dialect's custom.
+
+    Raises:
+      UserError: an activation that this model does not have.
+    """
     config = config or {}
-    told = config.get("hidden_act") or (config.get("model_args") or {}).get("act_layer")
+    told = (config.get("hidden_act") or (config.get("model_args") or {}).get("act_layer")
+            or _architecture(config).get("activation"))
     if told:
         if told not in _ACTIVATIONS:
             raise UserError(f"{report.source}: its config says activation {told!r}; known are "
                             f"{', '.join(_ACTIVATIONS)}.")
         return _ACTIVATIONS[told]
     chosen = "gelu_tanh" if dialect == "google" else "gelu"
-    if not config:
-        report.assumptions.append(
-            f"activation {chosen}, as {'Google' if dialect == 'google' else 'PyTorch'} has it")
+    report.assumptions.append(
+        f"activation {chosen}, as {'Google' if dialect == 'google' else 'PyTorch'} has it")
     return chosen
 
 
@@ -100,8 +123,8 @@ def classifier(
 
 
 def with_class_slot(
-    params: dict[str, np.ndarray], structure: Structure, size: tuple[int, int] | None,
-    report: LoadReport | None = None,
+    params: dict[str, np.ndarray], structure: Structure, told: tuple[int, int] | None,
+    asked: tuple[int, int] | None, report: LoadReport,
 ) -> None:
     """Gives the class token a slot in the position embedding where a file has none (big_vision,
     DeiT III, models with registers): zeros, which is what it got there.
@@ -109,41 +132,65 @@ def with_class_slot(
     Args:
       params: by path; changed in place.
       structure: what there is.
-      size: rows and columns of patches that the embedding may have been made for, if known.
-      report: is told.
+      told: rows and columns of patches that the embedding was made for, if known.
+      asked: those of the images that the model is wanted for, which may be the same.
+      report: knows the name in the file, and is told.
     """
     if not (structure.class_token and structure.positions):
         return
     positions = params[POSITIONS]
     tokens = positions.shape[1]
-    grid = None if size is None else math.prod(size)
-    if tokens == grid or (tokens - 1 != grid and math.isqrt(tokens) ** 2 == tokens):
+    patches = [math.prod(grid) for grid in (told, asked) if grid]
+    if told and tokens - patches[0] in (0, 1):
+        lacks = tokens == patches[0]
+    elif _is_square(tokens - 1) or tokens - 1 in patches:
+        lacks = False
+    else:  # h x (h + 2) patches with a slot are as many as (h + 1) x (h + 1) without
+        lacks = tokens in patches or (_is_square(tokens) and _may_lack_slot(report))
+    if lacks:
         params[POSITIONS] = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
-        if report:
-            report.resized.append((POSITIONS, positions.shape, params[POSITIONS].shape,
-                                   "a slot of zeros for the class token"))
+        report.resized.append((POSITIONS, positions.shape, params[POSITIONS].shape,
+                               "a slot of zeros for the class token"))
+
+
+def _is_square(count):
+    return math.isqrt(count) ** 2 == count
+
+
+def _may_lack_slot(report):
+    """Google's own files, Hugging Face's and torchvision's always have it."""
+    name = next(theirs for theirs, ours, _ in report.renamed if ours == POSITIONS)
+    return report.dialect == "timm" or (
+        report.dialect == "google" and not name.endswith("posembed_input/pos_embedding"))
 
 
 def position_grid(
     params: Mapping[str, np.ndarray], structure: Structure, told: tuple[int, int] | None,
-    report: LoadReport,
+    asked: tuple[int, int] | None, report: LoadReport,
 ) -> tuple[int, int] | None:
-    """(rows, columns) of the patches that the position embedding was made for.
+    """(rows, columns) of the patches that the position embedding was made for: as `told`, else a
+    square, else those that the model is `asked` for.
 
     Raises:
       UserError: no square number of patches, and no image size that explains it.
     """
     if not structure.positions:
-        return told
+        return told or asked
     count = params[POSITIONS].shape[1] - structure.class_token
     if told and math.prod(told) == count:
         return told
     side = math.isqrt(count)
     if side * side != count:
+        if told is None and asked and math.prod(asked) == count:
+            report.assumptions.append(
+                f"a grid of {asked[0]}x{asked[1]} patches, as of the image size asked for")
+            return asked
+        other = told or asked
         raise UserError(
             f"{report.source}: its {count} position embeddings are no square grid"
-            f"{f', nor one of {told[0]}x{told[1]}' if told else ''}; load_model takes the (height, "
-            "width) that it was trained at as image_size, or as trained_size beside another."
+            f"{f', nor one of {other[0]}x{other[1]}' if other else ''}; load_model takes the "
+            "(height, width) that it was trained at as image_size, or as trained_size beside "
+            "another."
         )
     report.assumptions.append(f"a square grid of {side}x{side} patches")
     return side, side
@@ -183,13 +230,14 @@ def preprocessing(
             result |= dict(crop="center_crop",
                            resize=math.floor(min(size) / timm.get("crop_pct", 0.875)))
     elif preprocessor:
-        result |= dict(mean=list(preprocessor.get("image_mean", [0.5] * 3)),
-                       std=list(preprocessor.get("image_std", [0.5] * 3)),
+        normalizes = preprocessor.get("do_normalize", True)
+        result |= dict(mean=list(preprocessor.get("image_mean", [0.5] * 3)) if normalizes else 0.0,
+                       std=list(preprocessor.get("image_std", [0.5] * 3)) if normalizes else 1.0,
                        interpolation={2: "bilinear", 3: "bicubic"}.get(
                            preprocessor.get("resample", 2), "bilinear"))
-        short_side = (preprocessor.get("size") or {}).get("shortest_edge")
-        if preprocessor.get("do_center_crop") and short_side:
-            result |= dict(crop="center_crop", resize=max(short_side, min(size)))
+        if preprocessor.get("do_center_crop"):
+            result |= dict(crop="center_crop", resize=max(
+                _short_side(preprocessor, report) or min(size), min(size)))
     elif dialect == "torchvision":
         # Its own weights above 224, and from scratch at 224. (Of L/16 from scratch it resizes to
         # 242, and SWAG's with a linear head, at 224, take bicubic 224: no file tells.)
@@ -207,6 +255,21 @@ def preprocessing(
     else:
         report.assumptions.append("mean 0.5 and std 0.5")
     return result
+
+
+def _short_side(preprocessor, report):
+    """What Hugging Face resizes the short side of an image to before its central crop; None if it
+    does not say. Its old configs have a number, for the short side or, as DeiT's, for both."""
+    size = preprocessor.get("size")
+    if not isinstance(size, Mapping):
+        return size
+    if "height" in size and "width" in size:
+        side = min(size["height"], size["width"])
+        report.assumptions.append(
+            f"the short side resized to {side} before the central crop, in place of both sides to "
+            f"{size['height']}x{size['width']}")
+        return side
+    return size.get("shortest_edge")
 
 
 def _interpolation(name):

@@ -1,11 +1,14 @@
-"""The models of timm, transformers and torchvision, loaded from what was written, as functions."""
+"""The models of timm, transformers and torchvision, loaded from what was written, as functions; and
+what timm knows about one by its name."""
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -81,6 +84,29 @@ def first_line(error: Exception) -> str:
     """The kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@functools.cache
+def timm_fields(architecture: str) -> dict[str, Any]:
+    """num_heads and activation of a Vision Transformer that timm knows by this name, whose weights
+    are neither made nor downloaded; {} without timm, or where it knows none."""
+    try:
+        torch, timm = _import("torch", "timm")
+    except Unavailable:
+        return {}
+    name = architecture.split(".")[0]  # its tag says which weights
+    if not timm.is_model(name):
+        return {}
+    with torch.device("meta"):
+        block = next(iter(getattr(timm.create_model(name, pretrained=False), "blocks", ())), None)
+    heads = getattr(getattr(block, "attn", None), "num_heads", None)
+    function = getattr(getattr(block, "mlp", None), "act", None)
+    if heads is None or function is None:
+        return {}
+    kind = type(function).__name__
+    tanh = kind == "GELUTanh" or getattr(function, "approximate", None) == "tanh"
+    return {"num_heads": heads,
+            "activation": "gelu_tanh" if tanh else {"GELU": "gelu"}.get(kind, kind)}
 
 
 def _theirs(torch, module, head, library, *, output=lambda x: x, compare_names=True):

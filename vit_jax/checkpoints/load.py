@@ -1,7 +1,9 @@
 """`load_model`: any ViT checkpoint that people have, with an account of every tensor."""
 
+import contextlib
 import dataclasses
 import difflib
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def load_model(path: str | Path, **overrides) -> Loaded:
         `representation_size=None`, `num_heads=`, `activation=`, ...); and
         image_size: (height, width) or one number; the position embedding is resized,
         trained_size: (height, width) that it was trained at, which a file of a rectangular grid
-          does not tell; without it `image_size` is taken for that,
+          does not tell; without it a square is assumed, and where it can be none, `image_size`,
         position_resize: how, see `resize.POSITION_MODES`; the default is 'corner_aligned',
         channels: of the images, where they shall be others than the file's; the first layer is
         adapted,
@@ -93,8 +95,11 @@ def load_model(path: str | Path, **overrides) -> Loaded:
       UserError: unreadable, not a ViT, or tensors that are missing or left over.
     """
     options = {key: overrides.pop(key) for key in list(overrides) if key in _OPTIONS}
+    for key in ("image_size", "trained_size"):
+        if key in options:
+            options[key] = _pair(key, options[key])
     contents = read(path, num_heads=overrides.get("num_heads"),
-                    trained_size=options.get("trained_size", options.get("image_size")),
+                    trained_size=options.get("trained_size"), image_size=options.get("image_size"),
                     checkpoint=options.get("checkpoint", "last"), ema=options.get("ema", False))
     report = contents.report
     known = {f.name for f in dataclasses.fields(contents.module)} - {"parent", "name"}
@@ -108,10 +113,10 @@ def load_model(path: str | Path, **overrides) -> Loaded:
     model = contents.module(**(contents.fields | overrides))
 
     old_size = tuple(contents.preprocessing["image_size"])
-    if "trained_size" in options and _pair(options["trained_size"]) != old_size:
+    if options.get("trained_size", old_size) != old_size:
         raise UserError(f"trained_size={options['trained_size']}, but {report.source} is of "
                         f"{old_size[0]}x{old_size[1]}; leave it out.")
-    size = _pair(options.get("image_size", old_size))
+    size = options.get("image_size", old_size)
     mode = options.get("position_resize", "corner_aligned")
     params = adapt(
         contents.params, model, size, old_grid=contents.grid, report=report,
@@ -133,8 +138,14 @@ def load_model(path: str | Path, **overrides) -> Loaded:
     return Loaded(model, _layout(nest(params), model), metadata, report)
 
 
-def _pair(size):
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _pair(key, size):
+    try:
+        pair = (size, size) if np.ndim(size) == 0 else tuple(size)
+        height, width = map(operator.index, pair)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{key}={size!r:.80} must be one whole number, or two: (height, width).") from None
+    return height, width
 
 
 def _check_values(overrides, options):
@@ -162,22 +173,28 @@ def _layout(params, model):
     return stack_blocks(params) if getattr(model, "scan_layers", False) else params
 
 
-def fit(contents: Contents, model: nn.Module, size: tuple[int, int], config) -> dict[str, Any]:
+def fit(
+    contents: Contents, model: nn.Module, size: tuple[int, int], config,
+    class_names: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
     """The parameters of a run's model for images of (height, width), from the checkpoint that
-    `config.init` names; with blocks stacked if the model scans them.
+    `config.init` names; with blocks stacked if the model scans them. The head is kept if it is of
+    the same classes, by their names where the checkpoint has some and `class_names` are given.
 
     Raises:
       UserError: the checkpoint does not fit the model.
     """
+    known = class_names and contents.class_names
     params = adapt(
         contents.params, model, size, old_grid=contents.grid, report=contents.report,
-        position_resize=config.init_position_resize, reset_head=config.init_head == "reset")
+        position_resize=config.init_position_resize, reset_head=config.init_head == "reset",
+        class_names=known and (known, tuple(class_names)))
     return _layout(nest(params), model)
 
 
 def read(
-    path: str | Path, *, num_heads: int | None = None, trained_size=None, checkpoint: str = "last",
-    ema: bool = False,
+    path: str | Path, *, num_heads: int | None = None, trained_size: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | None = None, checkpoint: str = "last", ema: bool = False,
 ) -> Contents:
     """Reads a checkpoint into our names; see `load_model`."""
     if checkpoint not in ("last", "best"):
@@ -185,7 +202,7 @@ def read(
     if names.is_name(str(path)):
         remote = names.resolve(str(path))
         contents = read(download(remote.url), num_heads=num_heads, trained_size=trained_size,
-                        checkpoint=checkpoint, ema=ema)
+                        image_size=image_size, checkpoint=checkpoint, ema=ema)
         if remote.reason:
             contents.report.assumptions.append(
                 f"{path} is {remote.file_name} ({remote.reason})")
@@ -198,16 +215,16 @@ def read(
     if checkpoint != "last" or ema:
         raise UserError(f"{path} is one checkpoint; only a run's workdir has a best one, and "
                         "averaged weights.")
-    report = LoadReport(str(file.path), "")
+    report, sizes = LoadReport(str(file.path), ""), (trained_size, image_size)
     try:
         if google.is_google(file.tensors):
-            return _read_google(file, report, trained_size)
+            return _read_google(file, report, sizes)
         library = layouts.recognise(file.tensors)
         if library is None:
             examples = ", ".join(f"{name:.80}" for name in list(file.tensors)[:3])
             raise UserError(f"{file.path} holds no Vision Transformer that is known here; its "
                             f"tensors are called {examples}, ...")
-        return _read_pytorch(file, library, report, num_heads, trained_size)
+        return _read_pytorch(file, library, report, num_heads, sizes)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Shapes that nobody expects, or a config.json of something else.
         settings = ", or the config.json beside it is not its own" if file.config else ""
@@ -239,13 +256,12 @@ def load_masked_model(path: str | Path, *, checkpoint: str = "last", ema: bool =
 
 
 def _restore_workdir(path, which, ema):
-    checkpoints = Checkpoints(path / "checkpoints", writable=False)
-    step = checkpoints.best_step if which == "best" else checkpoints.last_step
-    if step is None:
-        raise UserError(f"{path / 'checkpoints'} holds no complete checkpoint.")
-    meta = checkpoints.meta(step)
-    weights = checkpoints.restore_arrays(step).get("ema_params" if ema else "params")
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(path / "checkpoints", writable=False)) as checkpoints:
+        step = checkpoints.best_step if which == "best" else checkpoints.last_step
+        if step is None:
+            raise UserError(f"{path / 'checkpoints'} holds no complete checkpoint.")
+        meta = checkpoints.meta(step)
+        weights = checkpoints.restore_arrays(step).get("ema_params" if ema else "params")
     if not weights:
         raise UserError(f"{path} has no averaged weights: config.ema_decay was not set for it.")
     params = {name: np.asarray(tensor) for name, tensor in flatten(weights).items()}
@@ -276,7 +292,7 @@ def _read_workdir(path, which, ema):
                     position_resize=config["init_position_resize"] if config["init"] else None)
 
 
-def _read_google(file, report, trained_size):
+def _read_google(file, report, sizes):
     report.dialect = "google"
     params, origin, dropped = google.to_ours(file.tensors)
     params = {name: _float32(tensor) for name, tensor in params.items()}
@@ -286,10 +302,10 @@ def _read_google(file, report, trained_size):
     _warn_of_zero_head(params, report)
     if "embedding/kernel" not in params and "conv_root/kernel" in params:
         return _resnet_contents(params, file, report)
-    return _contents(params, file, report, trained_size)
+    return _contents(params, file, report, sizes)
 
 
-def _read_pytorch(file, library, report, num_heads, trained_size):
+def _read_pytorch(file, library, report, num_heads, sizes):
     report.dialect = library
     tensors = layouts.usual_names(library, file.tensors)
     if len(tensors) < len(file.tensors):
@@ -341,10 +357,10 @@ def _read_pytorch(file, library, report, num_heads, trained_size):
     if matched:
         params = epsilon.as_timm(params)
     _warn_of_zero_head(params, report)
-    return _contents(params, file, report, trained_size)
+    return _contents(params, file, report, sizes)
 
 
-def _contents(params, file, report, trained_size):
+def _contents(params, file, report, sizes):
     structure = layouts.our_structure(params)
     block = layouts.BLOCK.format(0)
     for name, axes in (("embedding/kernel", 4), (f"{block}MlpBlock_0/Dense_0/kernel", 2),
@@ -354,12 +370,12 @@ def _contents(params, file, report, trained_size):
             raise UserError(f"{file.path} is no Vision Transformer that is known here: {name} "
                             f"{problem}{'' if name in params else _near(name, params)}.")
     stride = infer.stride(params, structure)
-    told = infer.told_image_size(file.config)
-    if told is None and trained_size is not None:
-        told = _pair(trained_size)
-    told_grid = None if told is None else (told[0] // stride, told[1] // stride)
-    infer.with_class_slot(params, structure, told_grid, report)
-    grid = infer.position_grid(params, structure, told_grid, report)
+    trained_size, image_size = sizes
+    told_grid, asked_grid = (
+        None if size is None else (size[0] // stride, size[1] // stride)
+        for size in (infer.told_image_size(file.config) or trained_size, image_size))
+    infer.with_class_slot(params, structure, told_grid, asked_grid, report)
+    grid = infer.position_grid(params, structure, told_grid, asked_grid, report)
     size = (grid[0] * stride, grid[1] * stride) if grid else (224, 224)
     fields = infer.model_fields(params, structure)
     fields["activation"] = infer.activation(report.dialect, file.config, report)

@@ -16,22 +16,31 @@ REPORT = "conversion_report.json"  # which every export has
 
 def check_out(out: Path, target: str, overwrite: bool) -> None:
     """Raises UserError if writing would touch anything but an earlier export."""
-    if not out.parent.is_dir():
+    # os.path says no, where pathlib raises, to a name that is too long.
+    if not os.path.isdir(out.parent):
         raise UserError(f"{out.parent} is no directory; create it, or correct --out.")
     if not os.path.lexists(out):
         return
     if target == "npz":
+        mark, where = beside(out), f"there is no {beside(out).name} beside it"
         if out.is_dir():
             raise UserError(f"{out} is a directory; --to=npz writes a file: --out=DIR/NAME.npz.")
     elif not out.is_dir():
         raise UserError(f"{out} is a file; --to={target} writes a directory.")
     elif not any(out.iterdir()):
         return
-    elif overwrite and not (out / REPORT).is_file():
-        raise UserError(f"{out} is no earlier export (it has no {REPORT}), so --overwrite leaves "
-                        "it alone; choose another --out.")
+    else:
+        mark, where = out / REPORT, f"it has no {REPORT}"
+    if overwrite and not os.path.isfile(mark):
+        raise UserError(f"{out} is no earlier export ({where}), so --overwrite leaves it alone; "
+                        "choose another --out.")
     if not overwrite:
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
+
+
+def beside(out: Path) -> Path:
+    """Where the report of an npz lies, which also marks the npz as an export."""
+    return out.with_name(f"{out.name}.{REPORT}")
 
 
 @contextlib.contextmanager
@@ -72,8 +81,10 @@ def name_of_failure(out: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a directory, if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Removes a file or a directory, if it exists and lets itself be removed."""
+    # An error here, of a name that is too long for example, would hide the one that came before.
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()

@@ -135,17 +135,17 @@ def timm_architecture(
     name = next((n for n, base in bases.items() if all(fields[k] == v for k, v in base.items())),
                 next(iter(bases)))
     base = bases[name]
-    args: dict[str, Any] = {"img_size": list(size)}
+    # No tensor shows the heads and the activation, so they are told even where timm knows them.
+    args: dict[str, Any] = {
+        "img_size": list(size), "num_heads": model.num_heads, "act_layer": model.activation}
     for ours, theirs in (("patch_size", "patch_size"), ("hidden_size", "embed_dim"),
-                         ("num_layers", "depth"), ("num_heads", "num_heads")):
+                         ("num_layers", "depth")):
         if fields[ours] != base[ours]:
             args[theirs] = fields[ours]
     if model.mlp_dim * base["hidden_size"] != base["mlp_dim"] * model.hidden_size:
         args["mlp_ratio"] = _mlp_ratio(model.hidden_size, model.mlp_dim)
     if channels != 3:
         args["in_chans"] = channels
-    if model.activation == "gelu_tanh":
-        args["act_layer"] = "gelu_tanh"
     if model.layer_scale is not None:
         args["init_values"] = model.layer_scale
     if model.register_tokens:

@@ -58,7 +58,7 @@ def read(workdir: Path, run: Run) -> dict[str, Any] | None:
         changed = config_lib.differences(run.config, config_lib.from_json(result["config"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, LookupError, UserError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it, and the run is looked at "
                         "again.") from None
     return None if set(changed) - _MAY_DIFFER else result

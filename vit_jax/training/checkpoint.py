@@ -1,6 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, the last and the best, on Orbax."""
 
+import contextlib
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 import vit_jax
 from vit_jax import config as config_lib
@@ -46,21 +49,19 @@ class Checkpoints:
         for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
             handlers.add("meta", args, meta)
         policies = ocp.checkpoint_managers
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            handler_registry=handlers,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([
-                    policies.LatestN(1),
-                    policies.BestN(
-                        get_metric_fn=lambda m: m[BEST], n=1, keep_checkpoints_without_metrics=False
-                    ),
-                ]),
-                best_fn=lambda metrics: metrics[BEST],
-                create=writable,
-                cleanup_tmp_directories=writable,  # what a killed save left behind
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([
+                policies.LatestN(1),
+                policies.BestN(
+                    get_metric_fn=lambda m: m[BEST], n=1, keep_checkpoints_without_metrics=False),
+            ]),
+            best_fn=lambda metrics: metrics[BEST],
+            create=writable,
+            cleanup_tmp_directories=writable,  # what a killed save left behind
         )
+        _check_metrics(directory)
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(), handler_registry=handlers, options=options)
 
     @property
     def last_step(self) -> int | None:
@@ -76,19 +77,19 @@ class Checkpoints:
     def best_metric(self) -> float:
         """That accuracy; negative before the first evaluation."""
         step = self._manager.best_step()
-        return (_NOT_EVALUATED if step is None else self._manager.metrics(step))[BEST]
+        if step is None:
+            return _NOT_EVALUATED[BEST]
+        with self._reading(step):
+            return self._manager.metrics(step)[BEST]
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any],
              metrics: dict[str, float] | None = None) -> None:
-        """Starts saving; raises here if the save before it failed."""
-        self._manager.check_for_errors()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(_fields(_to_disk(state))), meta=ocp.args.JsonSave(meta)
-            ),
-            metrics=metrics or _NOT_EVALUATED,
-        )
+        """Starts saving; raises UserError if this, or the save before it, cannot be written."""
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(_fields(_to_disk(state))), meta=ocp.args.JsonSave(meta))
+        with self._writing():
+            self._manager.check_for_errors()
+            self._manager.save(step, args=args, metrics=metrics or _NOT_EVALUATED)
 
     @property
     def saving(self) -> bool:
@@ -96,12 +97,24 @@ class Checkpoints:
         return self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk; UserError if it cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends Orbax's threads."""
-        self._manager.close()
+        """Waits, as `wait` does, and ends Orbax's threads."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore's come as ValueError
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"A checkpoint cannot be written to {self._manager.directory} ({reason:.300}); see "
+                "to it and start again: what was complete is kept.") from error
 
     def meta(self, step: int) -> dict[str, Any]:
         """What the weights of this checkpoint mean."""
@@ -121,11 +134,20 @@ class Checkpoints:
         restored = TrainState(**self._restore_state(step, _fields(on_disk)))
         if not _is_stacked(state):
             return restored
-        return jax.jit(stack_blocks, out_shardings=shardings)(restored)
+
+        def stacked(restored):
+            # Leaf by leaf: of frozen blocks an optimizer keeps nothing, so that nothing tells on
+            # disk that there was an `encoderblock`.
+            return jax.tree.unflatten(
+                jax.tree.structure(state), jax.tree.leaves(stack_blocks(restored)))
+
+        return jax.jit(stacked, out_shardings=shardings)(restored)
 
     def restore_arrays(self, step: int) -> dict[str, Any]:
         """The train state as it is on disk: nested dictionaries and lists of NumPy arrays."""
-        tree = self._manager.item_metadata(step)["state"].tree
+        with self._reading(step):
+            _check_arrays(self._manager.directory / str(step) / "state")
+            tree = self._manager.item_metadata(step)["state"].tree
         return self._restore_state(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree))
 
     def _restore_state(self, step, state):
@@ -134,14 +156,41 @@ class Checkpoints:
         return self._restore(step, state=wanted)["state"]
 
     def _restore(self, step, **args):
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, OSError) as error:
+
+    @contextlib.contextmanager
+    def _reading(self, step):
+        """Raises UserError for what Orbax says of files that are damaged, or were not copied: of
+        some, None in place of what was in them."""
+        try:
+            yield
+        except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
             raise UserError(
                 f"The checkpoint of step {step} in {self._manager.directory} cannot be read "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); remove its folder to "
-                "continue from an earlier one."
+                f"({type(error).__name__}: {reason:.300}); copy it again, or "
+                "remove its folder to continue from an earlier one."
             ) from error
+
+
+def _check_metrics(directory):
+    """Raises UserError for what Orbax, which reads them for all steps at once, ends badly on."""
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged or incomplete ({error}); copy it again, or remove "
+                            "the folder of its step.") from error
+
+
+def _check_arrays(folder):
+    """Raises ValueError if the list of all arrays is damaged, which Orbax would say of each one,
+    most of them when nobody listens any more."""
+    store = tensorstore.KvStore.open(
+        {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
+    if not store.list().result():
+        raise ValueError(f"no arrays in {folder}")
 
 
 def _fields(state):

@@ -14,6 +14,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from vit_jax.devices import Device, mfu
+from vit_jax.errors import UserError
 
 
 class MetricsLog:
@@ -63,14 +64,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All entries of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """All entries of a metrics.jsonl, up to the first line that is none: a kill may cut it short.
+
+    Raises:
+      UserError: the file cannot be opened.
+    """
+    try:
+        text = path.read_text(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions, or move "
+                        "it away.") from None
     entries = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            break
+        entries.append(entry)
     return entries
 
 

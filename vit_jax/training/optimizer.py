@@ -46,7 +46,7 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
         decay = optax.linear_schedule(peak, schedule.end_value, steps)
     elif schedule.name == "rsqrt":
         def decay(step):  # inverse square root, as in arXiv 2106.04560
-            return peak / jnp.sqrt(1.0 + step / schedule.timescale)
+            return peak / jnp.sqrt(1.0 + step / float(schedule.timescale))
     else:
         decay = optax.constant_schedule(peak)
     phases, starts = [decay], []
@@ -90,7 +90,7 @@ def make_optimizer(
     if o.weight_decay:
         steps.append(optax.add_decayed_weights(o.weight_decay, mask=_is_kernel))
     if o.layer_decay != 1.0:
-        steps.append(_scale_by_layer(o.layer_decay))
+        steps.append(_scale_by_layer(o.layer_decay, _count_blocks(params)))
     steps.append(optax.scale_by_learning_rate(schedule))
     optimizer = optax.chain(*steps)
     if not o.frozen:
@@ -104,20 +104,35 @@ def _is_kernel(params):
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+def hold_frozen(config: ml_collections.ConfigDict, params):
+    """The parameters, those that `optimizer.frozen` names without a gradient: what only they need
+    of the backward pass is not computed."""
+    if not config.optimizer.frozen:
+        return params
+    return jax.tree.map(
+        lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x,
+        _frozen_labels(config.optimizer.frozen, params), params)
+
+
+def _names(params):
+    return ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(params)]
+
+
+def _count_blocks(params):
+    names = _names(params)
+    stacked = [leaf.shape[0] for name, leaf in zip(names, jax.tree.leaves(params), strict=True)
+               if "/encoderblock/" in name]
+    return stacked[0] if stacked else 1 + max(
+        (int(m[1]) for name in names if (m := re.search(r"encoderblock_(\d+)/", name))),
+        default=-1)
+
+
+def _scale_by_layer(decay: float, blocks: int) -> optax.GradientTransformation:
     """Layer-wise learning-rate decay as in BEiT and MAE (arXiv 2111.06377, appendix A): 1 for the
     head and the final norm, `decay` for the last block, down to `decay ** (blocks + 1)` for the
-    embeddings (and a hybrid's ResNet)."""
+    embeddings (and a hybrid's ResNet). Updates may lack those of frozen blocks."""
 
     def scale(updates):
-        paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
-        names = ["/".join(key.key for key in path) for path in paths]
-        stacked = [len(leaf) for name, leaf in zip(names, jax.tree.leaves(updates), strict=True)
-                   if "/encoderblock/" in name]
-        blocks = stacked[0] if stacked else 1 + max(
-            (int(m[1]) for name in names if (m := re.search(r"encoderblock_(\d+)/", name))),
-            default=-1)
-
         def factor(name, leaf):
             if re.match(r"(head|pre_logits|Transformer/encoder_norm)/", name):
                 return 1.0
@@ -130,14 +145,14 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
 
         leaves, structure = jax.tree.flatten(updates)
         return structure.unflatten(
-            [leaf * factor(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+            [leaf * factor(name, leaf)
+             for name, leaf in zip(_names(updates), leaves, strict=True)])
 
     return optax.stateless(lambda updates, params: scale(updates))
 
 
 def _frozen_labels(patterns, params):
-    leaves, structure = jax.tree.flatten_with_path(params)
-    paths = ["/".join(key.key for key in path) for path, _ in leaves]
+    paths, structure = _names(params), jax.tree.structure(params)
     frozen = set()
     for pattern in patterns:
         try:

@@ -109,9 +109,14 @@ def model_to_json(model: nn.Module) -> dict[str, Any]:
     return {"kind": type(model).__name__} | fields | {"dtype": jnp.dtype(model.dtype).name}
 
 
+def fields_from_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """What `model_to_json` returned, after it was JSON, with the tuples that it held."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
 def model_from_json(fields: dict[str, Any]) -> nn.Module:
     """The inverse of `model_to_json`."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    fields = fields_from_json(fields)
     kind = {"VisionTransformer": VisionTransformer, "ResNet": ResNet}[fields.pop("kind")]
     return kind(**(fields | {"dtype": jnp.dtype(fields["dtype"])}))
 

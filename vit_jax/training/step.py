@@ -20,6 +20,7 @@ import optax
 
 from vit_jax.training import mixing
 from vit_jax.training.losses import cross_entropy, targets_from_labels
+from vit_jax.training.optimizer import hold_frozen
 from vit_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -78,8 +79,8 @@ def make_train_step(
       loss_sum: loss_sum(params, batch, key), summed over the valid images; see `make_loss_sum`.
       optimizer: turns gradients into updates.
       schedule: learning rate by update, for the metrics.
-      config: the run's config; read are seed, accumulation_steps, ema_decay and, of data, mixup,
-        cutmix and random_erasing.
+      config: the run's config; read are seed, accumulation_steps, ema_decay, optimizer.frozen and,
+        of data, mixup, cutmix and random_erasing.
       axis_name: pmap's axis, whose devices each hold a part of the batch; None under jit, where
         the batch is one (sharded) array and the compiler sums over devices. Under pmap dropout,
         mixup, CutMix and erasing differ from jit's: each device draws and pairs for itself.
@@ -105,7 +106,8 @@ def make_train_step(
         valid = total(jnp.sum(batch["mask"], dtype=jnp.float32))
 
         def part_gradient(part, key):
-            return jax.value_and_grad(loss_sum)(state.params, part, key)
+            return jax.value_and_grad(
+                lambda params: loss_sum(hold_frozen(config, params), part, key))(state.params)
 
         if parts == 1:
             loss, gradients = part_gradient(batch, key)

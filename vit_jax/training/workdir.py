@@ -1,8 +1,12 @@
 """A workdir belongs to one config: written when a run starts, compared when it goes on."""
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -14,9 +18,10 @@ from vit_jax.training import distributed
 
 
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
-    """Creates the workdir, or checks that it belongs to this config; writes `config.json`.
+    """Creates the workdir with its `config.json`, or checks that it belongs to this config.
 
-    Of several processes the first one writes, and all return when it has.
+    Of several processes the first one writes, and all return when it has. What a run had said
+    before stays as it is until `renew`.
 
     Returns:
       The differences that a resumed run may have, one `key: old -> new` each.
@@ -30,20 +35,58 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
         changed = config_lib.differences(config, read_config(workdir))
         _refuse({k: v for k, v in changed.items() if k not in RESUMABLE}, workdir)
     distributed.barrier("config.json was read")
-    if distributed.is_main():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(config_lib.to_json(config), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}; choose "
-                            "another --workdir.") from None
+    if not path.exists() and not _has_checkpoints(workdir):
+        renew(workdir, config)
     distributed.barrier("config.json is written")
-    if not path.exists():
+    if not workdir.exists():
         raise UserError(
-            f"Process {jax.process_index()} does not see {path}, which process 0 wrote; --workdir "
-            "must be on a file system that all processes share."
+            f"Process {jax.process_index()} does not see {workdir}, which process 0 made; "
+            "--workdir must be on a file system that all processes share."
         )
     return list(changed.values())
+
+
+def renew(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes `config.json`, in the first process. UserError if that cannot be done."""
+    if not distributed.is_main():
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / "config.json",
+                         json.dumps(config_lib.to_json(config), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}; choose "
+                        "another --workdir.") from None
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir that exists, for as long as this one lasts or lives.
+
+    Raises:
+      UserError: there is one.
+    """
+    if not distributed.is_main():
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context((workdir / ".running").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is training in {workdir}; wait for it, stop it, or "
+                            "choose another --workdir.") from None
+        except OSError:  # not every file system has locks; where it cannot be written is said later
+            pass
+        yield
+
+
+def check_same_run(
+    config: ml_collections.ConfigDict, stored: dict[str, Any], workdir: Path
+) -> None:
+    """Raises UserError unless a run may go on from a checkpoint of the config `stored`."""
+    changed = config_lib.differences(config, config_lib.from_json(stored))
+    _refuse({k: v for k, v in changed.items() if k not in RESUMABLE}, workdir)
 
 
 def check_same_model(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -54,13 +97,17 @@ def check_same_model(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _refuse(lines, workdir):
     if lines:
-        empty = not any((workdir / "checkpoints").glob("[0-9]*"))
+        empty = not _has_checkpoints(workdir)
         raise UserError(
             f"The workdir {workdir} belongs to a run with another config:\n  "
             + "\n  ".join(lines.values())
             + "\nUse the old values, or another --workdir"
             + (" (or delete this one: it has no checkpoint yet)." if empty else ".")
         )
+
+
+def _has_checkpoints(workdir):
+    return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def read_config(workdir: Path) -> ml_collections.ConfigDict:
@@ -79,8 +126,10 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions."
                         ) from None
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a config of ours: {error}.") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
