@@ -315,6 +315,25 @@ def test_weights_that_an_update_spoils_are_not_saved(tmp_path):
     assert not list((workdir / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.mark.parametrize("raised, said", [
+    (ValueError("RESOURCE_EXHAUSTED: Error writing ...: No space left [os_error_code='28']"),
+     "A checkpoint cannot be written to .*No space left.*what was complete is kept"),
+    (OSError(28, "No space left on device"), "A checkpoint cannot be written to .*No space left"),
+    (ValueError("UNKNOWN: Gloo AllGather failed"), "Gloo"),  # another process ended
+], ids=["TensorStore's", "Python's", "no disk's"])
+def test_a_disk_that_is_full(tmp_path, monkeypatch, raised, said):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+
+    def fail():
+        raise raised
+
+    with monkeypatch.context() as full:
+        full.setattr(checkpoints._manager, "wait_until_finished", fail)
+        with pytest.raises(type(raised) if "Gloo" in said else UserError, match=said):
+            checkpoints.wait()
+    checkpoints.close()
+
+
 def test_what_is_refused_changes_nothing(tmp_path, monkeypatch):
     """Neither config.json nor, where that is lost, what the checkpoint says about the run; and a
     second run waits for the first."""

@@ -71,7 +71,7 @@ FIELDS: dict[str, Field] = {
     "mesh.tensor": Field(1, int, "devices that split heads and MLP hidden layers", minimum=1),
     "init": Field(None, str, "checkpoint to start from: a file, directory, workdir or name "
                   "(augreg:B/16)", optional=True),
-    "init_head": Field("auto", str, "'auto' keeps its head if the number of classes agrees",
+    "init_head": Field("auto", str, "'auto' keeps its head if the classes agree",
                        choices=("auto", "reset")),
     "init_position_resize": Field("corner_aligned", str, "how its position embedding changes size",
                                   choices=POSITION_MODES),

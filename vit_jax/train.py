@@ -102,7 +102,6 @@ def _train(config, workdir, stop, held):
         workdir_lib.check_same_run(config, stored["config"], workdir)
         check_same_data(meta, stored)
         state = checkpoints.restore(first_step, shapes, shardings)
-        workdir_lib.renew(workdir, config)
         print(f"Continuing from step {first_step}.", flush=True)
     else:
         state = jax.jit(init, out_shardings=shardings)()
@@ -112,6 +111,7 @@ def _train(config, workdir, stop, held):
                 state = state.replace(ema_params=jax.device_put(start_params, shardings.params))
             print(start.report)
     del start_params
+    workdir_lib.renew(workdir, config)
 
     loss_sum = make_task_loss(model, config, pixels)
     train_step = parallel.compile_train_step(

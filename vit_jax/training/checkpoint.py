@@ -110,7 +110,10 @@ class Checkpoints:
     def _writing(self):
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore's come as ValueError
+        except (OSError, ValueError) as error:
+            # TensorStore's come as ValueError, but so do those of a process that has ended.
+            if isinstance(error, ValueError) and "os_error" not in str(error):
+                raise
             reason = str(error).partition("\n")[0]
             raise UserError(
                 f"A checkpoint cannot be written to {self._manager.directory} ({reason:.300}); see "
