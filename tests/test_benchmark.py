@@ -107,13 +107,17 @@ def test_profile(tmp_path, capsys):
 
 
 @needs_torch
-def test_against_pytorch(tmp_path):
-    found = rows(tmp_path, "--what=infer", "--variants=Ti/16", *QUICK,
-                 "--config.data.image_size=32", "--against=transformers")
+@pytest.mark.parametrize("what, library, options", [
+    ("infer", "timm", ["--config.dtype=bfloat16"]),
+    pytest.param("train", "transformers", [], marks=pytest.mark.slow),
+])
+def test_against_pytorch(tmp_path, what, library, options):
+    found = rows(tmp_path, f"--what={what}", "--variants=Ti/16", *QUICK, *options,
+                 "--config.data.image_size=32", f"--against={library}")
     ours, other = found["rows"]
-    assert [ours["side"], other["side"]] == ["vit_jax", "transformers"]
+    assert [ours["side"], other["side"]] == ["vit_jax", library]
     assert ours["vit_jax is faster by"] is None and other["vit_jax is faster by"] > 0
-    assert other["library"].startswith("transformers ") and ", torch " in other["library"]
+    assert other["library"].startswith(f"{library} ") and ", torch " in other["library"]
 
 
 @needs_torch

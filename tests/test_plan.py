@@ -28,7 +28,6 @@ from vit_jax.plan import (
 )
 from vit_jax.training.memory import Memory
 
-pytestmark = pytest.mark.core
 ROOT = Path(__file__).parent.parent
 RECIPE = f"--config={ROOT}/configs/pretrain_paper.py:H/14-i21k-90ep"
 GIB = 2**30

@@ -10,8 +10,6 @@ from vit_jax import report
 from vit_jax.evaluate import Evaluation
 from vit_jax.report import write_report
 
-pytestmark = pytest.mark.core
-
 
 def make_evaluation(num_classes, images=None):
     """Some images of every class, two of three of them right."""

@@ -266,7 +266,6 @@ def reference(one_device):
     return follow(*one_device, invalid=(5,))
 
 
-@core
 @pytest.mark.parametrize("settings", [
     dict(mesh=(1, 8, 1), accumulation_steps=2),
     pytest.param(dict(mesh=(2, 2, 2), accumulation_steps=4), marks=pytest.mark.slow),
