@@ -15,7 +15,6 @@ from vit_jax.config_keys import FIELDS
 from vit_jax.errors import UserError
 from vit_jax.main import main
 
-pytestmark = pytest.mark.core
 ROOT = Path(__file__).parent.parent
 TINY = Path(__file__).parent / "tiny.py"
 

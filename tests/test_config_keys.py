@@ -17,7 +17,6 @@ from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 
-pytestmark = pytest.mark.core
 SOURCE = str(Path(main_module.__file__).parent)
 
 
