@@ -11,45 +11,17 @@ import pytest
 import safetensors
 import safetensors.numpy
 from checkpoint_makers import apply, flat, pixels, random_params
+from exports import PREPROCESSING, REGISTERS, make, refusal
 from PIL import Image
 
-from vit_jax.checkpoints import card, epsilon, export, libraries, targets, verify
+from vit_jax.checkpoints import card, export, targets, verify
 from vit_jax.checkpoints.export import VerificationFailed, export_model
 from vit_jax.checkpoints.load import Loaded, load_model
 from vit_jax.checkpoints.report import LoadReport
-from vit_jax.checkpoints.verify import HYBRID, PLAIN, Verification
+from vit_jax.checkpoints.verify import HYBRID, PLAIN
 from vit_jax.data.augment import center_crop
 from vit_jax.errors import UserError
-from vit_jax.models.scan import stack_blocks
-from vit_jax.models.variants import VARIANTS, create_model
-
-TINY = dict(num_classes=5, hidden_size=64, mlp_dim=96, num_heads=4, num_layers=2, patch_size=8)
-R26 = dict(num_classes=5, hidden_size=64, mlp_dim=128, num_heads=4, num_layers=1)
-PREPROCESSING = dict(image_size=[32, 32], crop="squash", resize=None, interpolation="bilinear",
-                     antialias=True, mean=0.5, std=0.5)
-REGISTERS = dict(register_tokens=3, layer_scale=0.1)
-
-
-@pytest.fixture
-def torch():
-    """PyTorch, with a torchvision and timm that can be imported; or a skip."""
-    from torch_shim import torch
-
-    return torch
-
-
-def make(size=(32, 32), variant="B/16", *, seed=0, class_names=None, preprocessing=None, **fields):
-    """A model as `load_model` returns it, with random parameters."""
-    fields = (dict(num_classes=5) if variant.startswith("R+") else
-              R26 if variant.startswith("R26") else TINY) | fields
-    model = create_model(variant, **fields)
-    params = random_params(model.clone(scan_layers=False), *size, seed=seed)
-    if model.scan_layers:
-        params = jax.tree.map(np.asarray, stack_blocks(params))
-    metadata = {
-        "preprocessing": PREPROCESSING | {"image_size": list(size)} | (preprocessing or {}),
-        "class_names": class_names, "position_resize": None, "dialect": "vit_jax"}
-    return Loaded(model, params, metadata, LoadReport("runs/made up", "vit_jax"))
+from vit_jax.models.variants import create_model
 
 
 def as_the_card_says(folder, images, torch):
@@ -61,12 +33,6 @@ def as_the_card_says(folder, images, torch):
         exec(code.replace("DIR", str(folder)), names)
         output = names["model"](torch.tensor(images.transpose(0, 3, 1, 2).copy()))
     return output, names
-
-
-def refusal(call, *arguments, **options):
-    with pytest.raises(UserError) as error:
-        call(*arguments, **options)
-    return str(error.value)
 
 
 def difference(a, b):
@@ -252,22 +218,6 @@ def test_npz_that_only_vit_jax_reads(tmp_path, fields):
 
 # What is written beside the weights.
 
-@pytest.mark.core
-@pytest.mark.parametrize("variant, size, heads", [("B/16", (16, 16), 12), ("R+Ti/16", (32, 32), 3)])
-def test_timm_is_told_what_shapes_do_not_tell(tmp_path, variant, size, heads):
-    """Of width 192, where 12 heads are those of timm's base, and 3 what the width suggests."""
-    fields = dict(hidden_size=192, num_heads=heads, num_layers=1, activation="gelu")
-    loaded = make(size, variant, **fields)
-    report = export_model(loaded, "timm", tmp_path / "out")
-    assert report.verification.status != "FAIL"
-    args = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
-    assert (args["num_heads"], args["act_layer"]) == (heads, "gelu")
-    back = load_model(tmp_path / "out")
-    assert (back.model.num_heads, back.model.activation) == (heads, "gelu")
-    images = pixels(2, *size)
-    np.testing.assert_allclose(apply(back.model, back.params, images),
-                               apply(loaded.model, loaded.params, images), atol=1e-6)
-
 
 @pytest.mark.core
 def test_every_file_has_the_usual_mode(tmp_path):
@@ -370,65 +320,7 @@ def test_timms_transform_is_ours(tmp_path, torch, crop):
         np.testing.assert_allclose(ours, cut / 127.5 - 1, atol=1e-6)
 
 
-@pytest.mark.core
-def test_timms_names():
-    names = {v: targets.timm_architecture(create_model(v, num_classes=3), (224, 224))
-             for v, (module, fields) in VARIANTS.items() if "patch_size" in fields}
-    assert names["B/16"] == ("vit_base_patch16_224", {
-        "img_size": [224, 224], "num_heads": 12, "act_layer": "gelu_tanh"})
-    assert names["G/14"][0] == "vit_gigantic_patch14_224"
-    assert names["R50+L/32"][0] == "vit_large_r50_s32_224"
-    overridden = {v for v, (_, args) in names.items() if len(args) > 3}
-    assert overridden == {"R26+B/32", "R50+B/32", "R50+L/16"}
-    at_384 = targets.timm_architecture(create_model("L/16", num_classes=3), (384, 384))
-    assert at_384[0] == "vit_large_patch16_384"
-
-
-def test_timm_has_these_names(torch):
-    from torch_shim import timm
-
-    for name in targets._TIMM:
-        assert timm.is_model(f"{name}_224"), name
-    for name in targets._TIMM_AT_384:
-        assert timm.is_model(f"{name}_384"), name
-
-
 # Refusals.
-
-@pytest.mark.core
-@pytest.mark.parametrize("target, fields, reason", [
-    ("timm", dict(representation_size=8), "representation layer"),
-    ("hf", dict(representation_size=8), "representation layer"),
-    ("timm", dict(position_embedding="relative"), "position embeddings are relative"),
-    ("npz", dict(position_embedding="relative"), "position embeddings are relative"),
-    *((target, dict(position_embedding_at=place), "adds position embeddings in every layer")
-      for target, place in (("npz", "every_layer_shared"), ("timm", "every_layer"))),
-    ("timm", dict(classifier="unpooled"), "logits of every patch"),
-    ("npz", dict(classifier="token_unpooled"), "logits of every patch"),
-    ("hf", dict(classifier="gap"), "no class token"),
-    ("torchvision", dict(classifier="gap"), "no class token"),
-    ("hf", dict(register_tokens=2), "register tokens"),
-    ("torchvision", dict(layer_scale=0.1), "LayerScale"),
-    ("torchvision", {}, "exact GELU only"),
-    ("torchvision", dict(size=(32, 48), activation="gelu"), "square images"),
-    ("hf", dict(variant="R+Ti/16", size=(32, 32), num_layers=1), "hybrid"),
-    ("torchvision", dict(variant="R+Ti/16", size=(32, 32), num_layers=1), "hybrid"),
-    ("keras", {}, "--to=keras is not one of"),
-])
-def test_what_a_target_cannot_express(tmp_path, target, fields, reason):
-    message = refusal(export_model, make(**fields), target, tmp_path / "out", check=False)
-    assert reason in message and "\n" not in message
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.core
-def test_resnets_and_strange_hybrids_are_refused():
-    resnet = create_model("R50x1", num_classes=3)
-    for target in ("timm", "hf", "torchvision"):
-        assert "convolutional baseline" in refusal(targets.check, target, resnet, (64, 64), 3)
-    strange = create_model("R26+S/32", num_classes=3, resnet_stages=(1, 1))
-    assert "no hybrid whose ResNet" in refusal(targets.check, "timm", strange, (64, 64), 3)
-    targets.check("npz", strange, (64, 64), 3)
 
 
 @pytest.mark.core
@@ -472,25 +364,6 @@ def test_dtype(tmp_path, torch, dtype):
     assert {str(x.dtype) for x in stored.values()} == {dtype}
 
 
-def test_a_head_of_zeros_proves_nothing(tmp_path, torch):
-    loaded = make()
-    loaded.params["head"] = jax.tree.map(np.zeros_like, loaded.params["head"])
-    report = export_model(loaded, "timm", tmp_path / "out")
-    assert report.verification.status == "PASS" and report.verification.spread > 0.1
-    assert "all zeros" in str(report.verification)
-
-
-def test_given_images(tmp_path, torch):
-    for i in range(3):
-        photo = np.random.default_rng(i).integers(0, 256, (50, 40, 3), dtype=np.uint8)
-        Image.fromarray(photo).save(tmp_path / f"{i}.png")
-    report = export_model(
-        make(), "timm", tmp_path / "out", images=[tmp_path, tmp_path / "0.png"])
-    assert report.verification.images == (4, 4)
-    assert report.verification.top1 == 8
-    assert "8 of 8 agree" in str(report)
-
-
 def test_other_channels(tmp_path, torch):
     loaded = make()
     loaded.params["embedding"]["kernel"] = loaded.params["embedding"]["kernel"][:, :, :1]
@@ -518,48 +391,6 @@ def test_a_damaged_file_does_not_get_the_name(tmp_path, monkeypatch, target):
                      ["out.failed", "out.failed.conversion_report.json"])
     with pytest.raises(VerificationFailed, match=r"out\.failed\.2"):  # keeps the first
         export_model(make(), target, tmp_path / "out")
-
-
-@pytest.mark.parametrize("what", ["numbers", "settings", "names"])
-def test_what_the_library_would_get_wrong(tmp_path, monkeypatch, torch, what):
-    tensors, config = targets.library_tensors, targets.config_files
-
-    def wrong_tensors(*arguments):
-        result = tensors(*arguments)
-        name = "blocks.1.mlp.fc2.weight"
-        result[name] = result[name] * np.float32(1.001)
-        if what == "names":
-            result["blocks.1.mlp.fc3.weight"] = result.pop(name)
-        return result
-
-    def wrong_config(*arguments):
-        result = config(*arguments)
-        del result["config.json"]["model_args"]["act_layer"]
-        return result
-
-    if what == "settings":
-        monkeypatch.setattr(targets, "config_files", wrong_config)
-    else:
-        monkeypatch.setattr(targets, "library_tensors", wrong_tensors)
-    reason = "cannot load it" if what == "names" else "more than the tolerance"
-    with pytest.raises(VerificationFailed, match=reason):
-        export_model(make(), "timm", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
-    stored = json.loads((tmp_path / "out.failed" / "conversion_report.json").read_text())
-    assert stored["verification"]["status"] == "FAIL"
-
-
-@pytest.mark.core
-def test_a_library_that_cannot_be_imported(tmp_path, monkeypatch):
-    def broken(name):
-        raise RuntimeError("it was built for another machine\nand more")
-
-    monkeypatch.setattr(libraries.importlib, "import_module", broken)
-    report = export_model(make(), "hf", tmp_path / "out")
-    assert report.verification.status == "SKIPPED"
-    assert "built for another machine" in report.verification.reason
-    assert "and more" not in report.verification.reason
-    assert report.verification.tensors == (report.tensors, report.tensors)
 
 
 # Nothing half-written, nothing overwritten.
@@ -623,29 +454,3 @@ def test_names_of_classes_that_are_not_the_models(tmp_path):
     """Of a run whose head was taken off."""
     loaded = make(num_classes=0, class_names=("a", "b"))
     assert export_model(loaded, "hf", tmp_path / "out", check=False).class_names is None
-
-
-@pytest.mark.core
-def test_a_verification_in_words():
-    text = str(Verification("FAIL", "too far", "timm 1", (3, 4), (4, 1), 1.0, 0.5, 2.0, 2e-5, 3))
-    assert "3 of 4" in text and "tolerance 2.0e-05" in text and "3 of 5 agree" in text
-    assert text.splitlines()[-1] == "  FAIL     too far"
-
-
-@pytest.mark.core
-def test_either_epsilon():
-    kernel = 0.01 * np.random.default_rng(0).standard_normal((3, 3, 4, 6)) * np.arange(6) + 0.3
-    params = {"block1/unit1/conv1/kernel": kernel.astype(np.float32), "head/kernel": kernel}
-
-    def ours(params):
-        centred = (w := params["block1/unit1/conv1/kernel"].astype(float)) - w.mean((0, 1, 2))
-        return centred / (centred.std((0, 1, 2)) + 1e-5)
-
-    def timms(params):
-        centred = (w := params["block1/unit1/conv1/kernel"].astype(float)) - w.mean((0, 1, 2))
-        return centred / np.sqrt(centred.var((0, 1, 2)) + 1e-8)
-
-    assert abs(ours(params) - timms(params)).max() > 1e-4
-    np.testing.assert_allclose(timms(epsilon.for_timm(params)), ours(params), atol=1e-6)
-    np.testing.assert_allclose(ours(epsilon.as_timm(params)), timms(params), atol=1e-6)
-    assert epsilon.for_timm(params)["head/kernel"] is kernel

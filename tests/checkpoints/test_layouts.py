@@ -5,55 +5,23 @@ import json
 
 import numpy as np
 import pytest
-from checkpoint_makers import apply, flat, write_json
+from checkpoint_makers import flat, write_json
+from pytorch_models import (
+    HYBRID,
+    TINY,
+    assert_equal_output,
+    randomise,
+    save,
+    save_directory,
+    tiny_timm,
+)
 from torch_shim import timm, torch
 
 import vit_jax
 from vit_jax.checkpoints.resize import resize_position_embedding
 from vit_jax.errors import UserError
 
-safetensors = pytest.importorskip("safetensors.torch")
-
-PLAIN = 2e-5  # times the spread of the logits: float32 rounding
-HYBRID = 2e-4  # the rounding of normalised convolutions
-TINY = dict(img_size=(8, 8), patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=1.5,
-            num_classes=5)
 POSITIONS = "Transformer/posembed_input/pos_embedding"
-
-
-def randomise(module, seed=0):
-    """Parameters of natural size in which nothing is zero or one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in module.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if name.endswith(("token", "tokens", "pos_embed", "pos_embedding", "embeddings")):
-                value.copy_(0.5 * noise)
-            elif value.ndim > 1:
-                value.copy_(noise * value[0].numel() ** -0.5)
-            elif name.endswith(("weight", "gamma")):
-                value.copy_(1 + 0.2 * noise)
-            else:
-                value.copy_(0.1 * noise)
-    return module.eval()
-
-
-def tiny_timm(**options):
-    return randomise(timm.models.VisionTransformer(**(TINY | options)))
-
-
-def reference(module, images):
-    with torch.no_grad():
-        return module(torch.tensor(images.transpose(0, 3, 1, 2).copy()))
-
-
-def assert_equal_output(loaded, module, size=(8, 8), tolerance=PLAIN, channels=3, output=None):
-    images = np.random.default_rng(1).uniform(-1, 1, (2, *size, channels)).astype(np.float32)
-    expected = reference(module, images)
-    expected = (output(expected) if output else expected).numpy()
-    actual = np.asarray(apply(loaded.model, loaded.params, images))
-    assert actual.shape == expected.shape and expected.std() > 0.1
-    assert abs(actual - expected).max() < tolerance * max(1, expected.std())
 
 
 def account(loaded, names):
@@ -64,23 +32,6 @@ def account(loaded, names):
     ours = [entry[1] for entry in loaded.report.renamed]
     ours += [entry[0] for entry in loaded.report.reset]
     assert sorted(ours) == sorted(flat(loaded.params))
-
-
-def save(path, module):
-    safetensors.save_file(module.state_dict(), path, metadata={"format": "pt"})
-    return path
-
-
-def save_directory(folder, module, model_args=None, **config):
-    """As timm's `save_for_hf` writes it."""
-    save(folder / "model.safetensors", module)
-    model_args = dict(num_heads=2) | (model_args or {})
-    cfg = dict(input_size=[3, 8, 8], mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic",
-               crop_pct=0.9, crop_mode="center")
-    write_json(folder / "config.json", dict(
-        architecture="vit_tiny_patch16_224", num_classes=5, global_pool="token",
-        model_args=model_args, pretrained_cfg=cfg) | config)
-    return folder
 
 
 # ---- timm ----------------------------------------------------------------------------------------
@@ -101,72 +52,6 @@ def test_state_dicts(tmp_path, wrap):
     assert loaded.report.assumptions == [
         "a square grid of 2x2 patches", "activation gelu, as PyTorch has it",
         "mean 0.5 and std 0.5"]
-
-
-def test_heads_by_width(tmp_path):
-    module = randomise(timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32,
-                                         num_classes=5))
-    loaded = vit_jax.load_model(save(tmp_path / "a.safetensors", module))
-    assert_equal_output(loaded, module, (32, 32))
-    assert "3 attention heads, usual for width 192" in loaded.report.assumptions
-    save(tmp_path / "a.safetensors", tiny_timm())
-    with pytest.raises(UserError, match="no convention exists for width 16; pass num_heads="):
-        vit_jax.load_model(tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="width 16 is not divisible by 3 heads"):
-        vit_jax.load_model(tmp_path / "a.safetensors", num_heads=3)
-
-
-def test_directory_of_a_rectangle(tmp_path):
-    """6 x 6 patches could be 4 x 9: the config tells."""
-    module = tiny_timm(img_size=(16, 36))
-    save_directory(tmp_path, module, dict(img_size=[16, 36]), label_names=list("abcde"))
-    loaded = vit_jax.load_model(tmp_path)
-    assert_equal_output(loaded, module, (16, 36))
-    assert loaded.report.assumptions == []
-    assert loaded.metadata["class_names"] == tuple("abcde")
-    assert loaded.metadata["preprocessing"] == dict(
-        image_size=[16, 36], crop="center_crop", resize=17, interpolation="bicubic",
-        antialias=True, mean=[0.5] * 3, std=[0.5] * 3)
-    # Another size: the same share of the image is cropped.
-    assert vit_jax.load_model(tmp_path, image_size=160).metadata["preprocessing"]["resize"] == 170
-
-
-def test_file_of_a_rectangle(tmp_path):
-    module = tiny_timm(img_size=(12, 20), no_embed_class=True)
-    save(tmp_path / "a.safetensors", module)
-    loaded = vit_jax.load_model(tmp_path / "a.safetensors", num_heads=2, image_size=(12, 20))
-    assert_equal_output(loaded, module, (12, 20))
-
-
-@pytest.mark.parametrize("model_args", [dict(act_layer="gelu_tanh"), dict(act_layer="gelu"), {}])
-def test_activation_of_the_config(tmp_path, model_args):
-    module = tiny_timm(**model_args)
-    loaded = vit_jax.load_model(save_directory(tmp_path, module, model_args))
-    assert loaded.model.activation == model_args.get("act_layer", "gelu")
-    assert_equal_output(loaded, module)
-
-
-@pytest.mark.parametrize("architecture, heads, activation", [
-    ("vit_small_patch16_224", 6, "gelu"),  # a name of ours
-    ("vit_base_patch16_gap_224", 16, "gelu"),  # timm's alone
-    ("vit_giantopt_patch16_siglip_gap_256.v2_webli", 16, "gelu_tanh"),
-])
-def test_heads_and_activation_of_the_architecture(tmp_path, architecture, heads, activation):
-    module = tiny_timm(embed_dim=48 * heads // 6, num_heads=heads, act_layer=activation, depth=1)
-    save_directory(tmp_path, module, architecture=architecture)
-    config = json.loads((tmp_path / "config.json").read_text())
-    write_json(tmp_path / "config.json", config | {"model_args": {}})
-    loaded = vit_jax.load_model(tmp_path)
-    assert (loaded.model.num_heads, loaded.model.activation) == (heads, activation)
-    assert_equal_output(loaded, module)
-    assert not any("activation" in text for text in loaded.report.assumptions)
-
-
-@pytest.mark.parametrize("architecture", ["vit_of_my_own", "resnet18", None, 3])
-def test_architectures_that_tell_nothing(tmp_path, architecture):
-    save_directory(tmp_path, tiny_timm(), architecture=architecture)
-    loaded = vit_jax.load_model(tmp_path)
-    assert "activation gelu, as PyTorch has it" in loaded.report.assumptions
 
 
 def test_pooling(tmp_path):
@@ -362,26 +247,6 @@ def test_hf_center_crop(tmp_path, transformers):
     assert loaded.metadata["preprocessing"]["resize"] == 10
 
 
-@pytest.mark.parametrize("preprocessor, expected", [
-    (dict(size=8), dict(crop="squash", resize=None)),  # ViTFeatureExtractor's
-    (dict(size=10, crop_size=8, do_center_crop=True), dict(crop="center_crop", resize=10)),
-    (dict(size=dict(height=10, width=10), crop_size=dict(height=8, width=8), do_center_crop=True),
-     dict(crop="center_crop", resize=10)),  # DeiT's
-    (dict(crop_size=8, do_center_crop=True), dict(crop="center_crop", resize=8)),
-    (dict(size=8, do_normalize=False, image_mean=[0.1] * 3), dict(mean=0.0, std=1.0)),
-], ids=json.dumps)
-def test_hf_preprocessors(tmp_path, preprocessor, expected):
-    """Also beside other weights than Hugging Face's."""
-    save(tmp_path / "model.safetensors", tiny_timm())
-    write_json(tmp_path / "preprocessor_config.json", preprocessor)
-    loaded = vit_jax.load_model(tmp_path, num_heads=2)
-    found = loaded.metadata["preprocessing"]
-    assert {key: found[key] for key in expected} == expected
-    squashes = isinstance(preprocessor.get("size"), dict)
-    assert squashes == any("in place of both sides to 10x10" in text
-                           for text in loaded.report.assumptions)
-
-
 # ---- torchvision ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("representation_size", [None, 12])
@@ -402,28 +267,6 @@ def test_torchvision(tmp_path, representation_size, old_names):
     assert_equal_output(loaded, module)
     assert loaded.model.representation_size == representation_size
     assert loaded.metadata["dialect"] == "torchvision"
-
-
-@pytest.mark.parametrize("name, weights", [
-    ("vit_b_16", "IMAGENET1K_V1"), ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1"),
-    ("vit_l_16", "IMAGENET1K_SWAG_E2E_V1"), ("vit_h_14", "IMAGENET1K_SWAG_E2E_V1"),
-])
-def test_torchvisions_own_weights_see_images_as_there(tmp_path, name, weights):
-    """Against the transforms that torchvision names beside them; of a narrow model of that size."""
-    import torchvision
-
-    theirs = torchvision.models.get_weight(
-        f"ViT_{name[4:].upper()}_Weights.{weights}").transforms()
-    side, patch = theirs.crop_size[0], int(name[-2:])
-    module = torchvision.models.VisionTransformer(
-        image_size=side, patch_size=patch, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
-    torch.save(module.state_dict(), tmp_path / "a.pth")
-    found = vit_jax.load_model(tmp_path / "a.pth", num_heads=1).metadata["preprocessing"]
-    assert found["image_size"] == [side, side] and found["crop"] == "center_crop"
-    assert found["resize"] == theirs.resize_size[0]
-    assert found["interpolation"] == theirs.interpolation.value
-    assert found["antialias"] is theirs.antialias
-    np.testing.assert_allclose((found["mean"], found["std"]), (theirs.mean, theirs.std))
 
 
 # ---- Other resolutions ---------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""What the shapes of a PyTorch file do not tell: by its config, architecture, or library."""
+
+import json
+
+import numpy as np
+import pytest
+from checkpoint_makers import write_json
+from pytorch_models import assert_equal_output, randomise, save, save_directory, tiny_timm
+from torch_shim import timm, torch
+
+import vit_jax
+from vit_jax.errors import UserError
+
+
+def test_heads_by_width(tmp_path):
+    module = randomise(timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32,
+                                         num_classes=5))
+    loaded = vit_jax.load_model(save(tmp_path / "a.safetensors", module))
+    assert_equal_output(loaded, module, (32, 32))
+    assert "3 attention heads, usual for width 192" in loaded.report.assumptions
+    save(tmp_path / "a.safetensors", tiny_timm())
+    with pytest.raises(UserError, match="no convention exists for width 16; pass num_heads="):
+        vit_jax.load_model(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="width 16 is not divisible by 3 heads"):
+        vit_jax.load_model(tmp_path / "a.safetensors", num_heads=3)
+
+
+def test_directory_of_a_rectangle(tmp_path):
+    """6 x 6 patches could be 4 x 9: the config tells."""
+    module = tiny_timm(img_size=(16, 36))
+    save_directory(tmp_path, module, dict(img_size=[16, 36]), label_names=list("abcde"))
+    loaded = vit_jax.load_model(tmp_path)
+    assert_equal_output(loaded, module, (16, 36))
+    assert loaded.report.assumptions == []
+    assert loaded.metadata["class_names"] == tuple("abcde")
+    assert loaded.metadata["preprocessing"] == dict(
+        image_size=[16, 36], crop="center_crop", resize=17, interpolation="bicubic",
+        antialias=True, mean=[0.5] * 3, std=[0.5] * 3)
+    # Another size: the same share of the image is cropped.
+    assert vit_jax.load_model(tmp_path, image_size=160).metadata["preprocessing"]["resize"] == 170
+
+
+def test_file_of_a_rectangle(tmp_path):
+    module = tiny_timm(img_size=(12, 20), no_embed_class=True)
+    save(tmp_path / "a.safetensors", module)
+    loaded = vit_jax.load_model(tmp_path / "a.safetensors", num_heads=2, image_size=(12, 20))
+    assert_equal_output(loaded, module, (12, 20))
+
+
+@pytest.mark.parametrize("model_args", [dict(act_layer="gelu_tanh"), dict(act_layer="gelu"), {}])
+def test_activation_of_the_config(tmp_path, model_args):
+    module = tiny_timm(**model_args)
+    loaded = vit_jax.load_model(save_directory(tmp_path, module, model_args))
+    assert loaded.model.activation == model_args.get("act_layer", "gelu")
+    assert_equal_output(loaded, module)
+
+
+@pytest.mark.parametrize("architecture, heads, activation", [
+    ("vit_small_patch16_224", 6, "gelu"),  # a name of ours
+    ("vit_base_patch16_gap_224", 16, "gelu"),  # timm's alone
+    ("vit_giantopt_patch16_siglip_gap_256.v2_webli", 16, "gelu_tanh"),
+])
+def test_heads_and_activation_of_the_architecture(tmp_path, architecture, heads, activation):
+    module = tiny_timm(embed_dim=48 * heads // 6, num_heads=heads, act_layer=activation, depth=1)
+    save_directory(tmp_path, module, architecture=architecture)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"model_args": {}})
+    loaded = vit_jax.load_model(tmp_path)
+    assert (loaded.model.num_heads, loaded.model.activation) == (heads, activation)
+    assert_equal_output(loaded, module)
+    assert not any("activation" in text for text in loaded.report.assumptions)
+
+
+@pytest.mark.parametrize("architecture", ["vit_of_my_own", "resnet18", None, 3])
+def test_architectures_that_tell_nothing(tmp_path, architecture):
+    save_directory(tmp_path, tiny_timm(), architecture=architecture)
+    loaded = vit_jax.load_model(tmp_path)
+    assert "activation gelu, as PyTorch has it" in loaded.report.assumptions
+
+
+@pytest.mark.parametrize("preprocessor, expected", [
+    (dict(size=8), dict(crop="squash", resize=None)),  # ViTFeatureExtractor's
+    (dict(size=10, crop_size=8, do_center_crop=True), dict(crop="center_crop", resize=10)),
+    (dict(size=dict(height=10, width=10), crop_size=dict(height=8, width=8), do_center_crop=True),
+     dict(crop="center_crop", resize=10)),  # DeiT's
+    (dict(crop_size=8, do_center_crop=True), dict(crop="center_crop", resize=8)),
+    (dict(size=8, do_normalize=False, image_mean=[0.1] * 3), dict(mean=0.0, std=1.0)),
+], ids=json.dumps)
+def test_hf_preprocessors(tmp_path, preprocessor, expected):
+    """Also beside other weights than Hugging Face's."""
+    save(tmp_path / "model.safetensors", tiny_timm())
+    write_json(tmp_path / "preprocessor_config.json", preprocessor)
+    loaded = vit_jax.load_model(tmp_path, num_heads=2)
+    found = loaded.metadata["preprocessing"]
+    assert {key: found[key] for key in expected} == expected
+    squashes = isinstance(preprocessor.get("size"), dict)
+    assert squashes == any("in place of both sides to 10x10" in text
+                           for text in loaded.report.assumptions)
+
+
+@pytest.mark.parametrize("name, weights", [
+    ("vit_b_16", "IMAGENET1K_V1"), ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1"),
+    ("vit_l_16", "IMAGENET1K_SWAG_E2E_V1"), ("vit_h_14", "IMAGENET1K_SWAG_E2E_V1"),
+])
+def test_torchvisions_own_weights_see_images_as_there(tmp_path, name, weights):
+    """Against the transforms that torchvision names beside them; of a narrow model of that size."""
+    import torchvision
+
+    theirs = torchvision.models.get_weight(
+        f"ViT_{name[4:].upper()}_Weights.{weights}").transforms()
+    side, patch = theirs.crop_size[0], int(name[-2:])
+    module = torchvision.models.VisionTransformer(
+        image_size=side, patch_size=patch, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    found = vit_jax.load_model(tmp_path / "a.pth", num_heads=1).metadata["preprocessing"]
+    assert found["image_size"] == [side, side] and found["crop"] == "center_crop"
+    assert found["resize"] == theirs.resize_size[0]
+    assert found["interpolation"] == theirs.interpolation.value
+    assert found["antialias"] is theirs.antialias
+    np.testing.assert_allclose((found["mean"], found["std"]), (theirs.mean, theirs.std))
