@@ -218,4 +218,6 @@ def test_it_goes_on_without_the_checkpoint_it_began_from(tmp_path, capsys):
     shutil.rmtree(source)
     main([*command, "--config.total_steps=3"])
     assert "Continuing from step 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another config:\n  model.hidden_size: 16 -> 32"):
+        main([*command, "--config.model.hidden_size=32"])
     assert vit_jax.load_model(run).model.classifier == "gap"

@@ -107,6 +107,11 @@ def test_the_commands(pretrained, tmp_path, capsys):
               f"--out={tmp_path / 'masked.png'}"])
 
 
+def test_a_seed_that_jax_would_cut(tmp_path):
+    with pytest.raises(UserError, match="--seed=4294967296 must be at least 0 and below"):
+        draw(["--checkpoint=none", "0.png", f"--out={tmp_path / 'masked.png'}", f"--seed={2**32}"])
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--config.init=augreg:B/16"], "starts from random weights"),
     (["--config.data.mixup=0.2"], "config.data.mixup=0.2 changes the colours"),

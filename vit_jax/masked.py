@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> None:
     if not flags.out.absolute().parent.is_dir():
         raise UserError(f"--out: the folder {flags.out.absolute().parent} does not exist; create "
                         "it first.")
+    if not 0 <= flags.seed < 2**32:  # JAX drops higher bits
+        raise UserError(f"--seed={flags.seed} must be at least 0 and below {2**32}.")
     unreadable = Unreadable()
     paths = find_images(flags.images, unreadable)[:_MOST]
     loaded = load_masked_model(flags.checkpoint, **cli.weights_options(flags))

@@ -68,7 +68,10 @@ def _train(config, workdir, stop, held):
     # Devices, model, optimizer.
     mesh = partition.make_mesh(config)
     parallel.check_devices(config, mesh)
-    start, fields, told = _start(config, workdir)
+    stored = _last_meta(workdir)
+    if stored:  # before its model is looked at, which is another one in another run's workdir
+        workdir_lib.check_same_run(config, stored["config"], workdir)
+    start, fields, told = _start(config, stored)
     pixels = pixel_statistics(config, told)
     plain = build_model(config, len(classes), size, fields)
     model = group_blocks(plain, config, mesh)
@@ -98,9 +101,7 @@ def _train(config, workdir, stop, held):
         raise UserError(f"{workdir} is at step {first_step}, beyond the {total_steps} steps asked "
                         "for; raise config.total_steps or use another --workdir.")
     if first_step:
-        stored = checkpoints.meta(first_step)
-        workdir_lib.check_same_run(config, stored["config"], workdir)
-        check_same_data(meta, stored)
+        check_same_data(meta, checkpoints.meta(first_step))
         state = checkpoints.restore(first_step, shapes, shardings)
         print(f"Continuing from step {first_step}.", flush=True)
     else:
@@ -224,17 +225,23 @@ def _train(config, workdir, stop, held):
     print(evaluation.final_line(), flush=True)
 
 
-def _start(config, workdir):
+def _last_meta(workdir):
+    """`describe_run` of the checkpoint that a run goes on from; None for a new one."""
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        return None
+    with contextlib.closing(Checkpoints(directory, writable=False)) as checkpoints:
+        return checkpoints.last_step and checkpoints.meta(checkpoints.last_step)
+
+
+def _start(config, stored):
     """What config.init holds, with the model's fields and the preprocessing that it tells; of a run
-    that goes on the last two, from its own checkpoint: config.init need not be there any more."""
+    that goes on the last two, as its own checkpoint has them `stored`: config.init need not be
+    there any more."""
     if not config.init:
         return None, None, {}
-    directory = workdir / "checkpoints"
-    if directory.is_dir():
-        with contextlib.closing(Checkpoints(directory, writable=False)) as checkpoints:
-            if checkpoints.last_step:
-                meta = checkpoints.meta(checkpoints.last_step)
-                return None, fields_from_json(meta["model"]), meta["preprocessing"]
+    if stored:
+        return None, fields_from_json(stored["model"]), stored["preprocessing"]
     start = read(config.init, num_heads=config.model.num_heads)
     return start, start.fields, start.preprocessing
 

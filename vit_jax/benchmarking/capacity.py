@@ -18,8 +18,6 @@ from vit_jax.errors import UserError
 
 # Of the device's memory; JAX's own default of 75 % would be compared with all that PyTorch can get.
 _FRACTION = "0.95"
-
-
 # What is tried first, and last: PyTorch's attention takes less than 65,536 images at once.
 _FIRST, _LAST = 64, 32_768
 _OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory|does not fit", re.IGNORECASE)

@@ -38,10 +38,10 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
     if not path.exists() and not _has_checkpoints(workdir):
         renew(workdir, config)
     distributed.barrier("config.json is written")
-    if not workdir.exists():
+    if not path.exists() and not _has_checkpoints(workdir):
         raise UserError(
-            f"Process {jax.process_index()} does not see {workdir}, which process 0 made; "
-            "--workdir must be on a file system that all processes share."
+            f"Process {jax.process_index()} does not see {path}, which process 0 wrote; --workdir "
+            "must be on a file system that all processes share."
         )
     return list(changed.values())
 
