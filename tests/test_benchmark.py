@@ -193,7 +193,6 @@ def test_a_start_that_fails(monkeypatch):
         benchmark.main(["--what=startup", "--variants=B/16", "--rounds=1", *TINY])
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("arguments, message", [
     ([], "--what"),
     (["--what=speed"], "invalid choice: 'speed'"),

@@ -88,7 +88,6 @@ def test_a_run_predicts_the_same_in_timm(workdir, photos, tmp_path, capsys):
         assert ours.std() > 0.1
 
 
-@pytest.mark.core
 def test_the_best_checkpoint_of_a_run(workdir, tmp_path):
     main([f"--from={workdir}", "--to=npz", f"--out={tmp_path / 'a.npz'}", "--best", "--noverify"])
     source = json.loads((tmp_path / "a.npz.conversion_report.json").read_text())["source"]
@@ -121,7 +120,6 @@ def command(*arguments, before=""):
         text=True, timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
-@pytest.mark.core
 def test_without_pytorch(workdir, tmp_path):
     done = command(f"--from={workdir}", "--to=timm", f"--out={tmp_path / 'out'}",
                    before="sys.modules['torch'] = sys.modules['timm'] = None")
@@ -131,7 +129,6 @@ def test_without_pytorch(workdir, tmp_path):
     assert vit_jax.load_model(tmp_path / "out").model.num_classes == 10
 
 
-@pytest.mark.core
 def test_a_failed_check_is_a_failed_command(workdir, tmp_path):
     before = """
 from vit_jax.checkpoints import export
@@ -147,7 +144,6 @@ export._write_directory = write_wrongly
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("arguments, message", [
     ([], "--from= is missing"),
     (["--from=x", "--to=timm"], "--out= is missing"),
@@ -163,7 +159,6 @@ def test_mistakes(tmp_path, monkeypatch, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.core
 def test_an_existing_directory_is_left_alone(workdir, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     message = refusal(f"--from={workdir}", "--to=timm", f"--out={tmp_path}", "--noverify")
@@ -171,7 +166,6 @@ def test_an_existing_directory_is_left_alone(workdir, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.core
 def test_help(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])

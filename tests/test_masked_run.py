@@ -36,12 +36,14 @@ def read_params(workdir):
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """60 steps, with probes."""
+def pretrained(tmp_path_factory, drawn):
+    """60 steps, with probes and figures."""
     folder = tmp_path_factory.mktemp("masked")
-    out = run(folder, *MASKED, "--config.total_steps=60", "--config.eval_every=10",
-              "--config.checkpoint_every=0", "--config.probes.every=30",
-              "--config.probes.shots=1,5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vit_jax.train.write_report", drawn)
+        out = run(folder, *MASKED, "--config.total_steps=60", "--config.eval_every=10",
+                  "--config.checkpoint_every=0", "--config.probes.every=30",
+                  "--config.probes.shots=1,5")
     assert out.splitlines()[-1].startswith("eval/accuracy=0.")
     assert out.splitlines()[-1].endswith("eval/images=360")
     return folder

@@ -126,8 +126,7 @@ def test_the_step_can_be_traced(recipe, tiny):
 @pytest.mark.parametrize("recipe", [
     pytest.param(recipe, marks=[] if recipe in RUN else [pytest.mark.slow])
     for recipe in PROGRAMS.values()])
-def test_two_steps(recipe, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "write_report", lambda *_: None)  # has tests of its own
+def test_two_steps(recipe, tiny, tmp_path):
     with StopSignal() as stop:
         train_module.train(shrink(load(recipe)), tmp_path, stop)
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -70,8 +70,8 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--{flag}={'FILE.py' if flag == 'config' else names} is missing.")
     for flag in ("devices", "devices_per_host", "images", "num_classes", "images_per_core"):
         value = getattr(flags, flag)
-        if value is not None and not value >= 1:  # nan neither
-            raise UserError(f"--{flag}={value} must be at least 1.")
+        if value is not None and not 1 <= value < math.inf:  # nan neither
+            raise UserError(f"--{flag}={value} must be a finite number of at least 1.")
     if not 0 < flags.mfu <= 1:
         raise UserError(f"--mfu={flags.mfu} is a share of the peak, above 0 and at most 1.")
     device = named(flags.device)

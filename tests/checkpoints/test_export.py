@@ -229,17 +229,19 @@ def test_every_file_has_the_usual_mode(tmp_path):
 def test_what_an_npz_cannot_hold(tmp_path):
     told = dict(mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4])
     names = ("cat", "dog", "x", "y", "z")
-    loaded = make((16, 64), preprocessing=told, class_names=names)
+    loaded = make((16, 64), preprocessing=told | {"interpolation": "bicubic"}, class_names=names)
     warned = export_model(loaded, "npz", tmp_path / "a.npz", check=False).warnings
-    assert len(warned) == 3
+    assert len(warned) == 4
     for what in ("trained_size=(16, 64)", "mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4]",
+                 ": interpolation=bicubic, not bilinear; antialias=True, not False",
                  "names of the 5 classes"):
         assert sum(what in text for text in warned) == 1, what
     back = load_model(tmp_path / "a.npz", trained_size=(16, 64), **told)  # as they say
-    assert back.metadata["preprocessing"] == loaded.metadata["preprocessing"] | {
-        "antialias": False}
-    assert not export_model(make(), "npz", tmp_path / "b.npz", check=False).warnings
-    half = make(preprocessing=dict(mean=[0.5] * 3, std=[0.5] * 3))
+    as_google = dict(antialias=False, interpolation="bilinear")
+    assert back.metadata["preprocessing"] == loaded.metadata["preprocessing"] | as_google
+    google = make(preprocessing=as_google)
+    assert not export_model(google, "npz", tmp_path / "b.npz", check=False).warnings
+    half = make(preprocessing=as_google | dict(mean=[0.5] * 3, std=[0.5] * 3))
     assert not export_model(half, "npz", tmp_path / "c.npz", check=False).warnings
     assert not export_model(loaded, "timm", tmp_path / "timm", check=False).warnings
 

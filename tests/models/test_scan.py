@@ -54,8 +54,8 @@ def test_layouts_and_remat_compute_the_same(scan_layers, remat, loop):
     assert_computes(model, params, images, logits, gradients)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("unroll, remat", [
+    (False, "none"), (False, "full"), (True, "none"), (True, "full"), (True, "dots")])
 def test_without_the_loop_it_computes_the_same(unroll, remat):
     """And remat computes a second time no less than without scan_layers, as it would if equal
     numbers could be found."""

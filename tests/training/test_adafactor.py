@@ -145,7 +145,6 @@ def test_stacked_blocks_are_blocks():
     jax.tree.map(np.testing.assert_array_equal, again, ours["state"])
 
 
-@core
 def test_a_run_on_eight_devices(tmp_path):
     """FSDP: factors whole on every device, everything else as its parameter; the same losses as on
     one device (rounding noise of tiny gradients is magnified, as by Adam); saved and restored."""

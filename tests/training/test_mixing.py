@@ -213,7 +213,6 @@ def test_noise():
     assert len(np.unique(noise)) > 0.99 * noise.size
 
 
-@core
 def test_devices_draw_alike_and_keep_their_images():
     """Sharded, every draw is bit for bit that of one device; the only image that moves is each
     device's last, to its neighbour; no device makes noise for the whole batch or draws in a loop
@@ -279,7 +278,6 @@ def test_same_losses_on_every_mesh_and_in_parts(reference, settings):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@core
 def test_every_step_draws_anew(one_device):
     step, state = one_device
     # The head starts at zero, where every input gives the same loss.

@@ -115,20 +115,19 @@ def test_dropout_differs_by_step_part_and_seed(tiny_config):
     """The reference code drew the same masks for every accumulated part."""
     tiny_config.model.dropout_rate = 0.5
     tiny_config.optimizer.learning_rate = 0.0  # so that only the masks can change the loss
+    model = build_model(validate(tiny_config), 10, SIZE)
+    schedule = make_schedule(tiny_config, 10)
+    optimizer = make_optimizer(tiny_config, schedule, params_shapes(model, SIZE))
+    state = jax.jit(make_init(model, optimizer, SIZE, 0))()
+    head = jax.random.normal(jax.random.key(1), state.params["head"]["kernel"].shape)
+    state = state.replace(params=state.params | {"head": {"kernel": head, "bias": jnp.zeros(10)}})
+    one = make_batch(0, rows=2)
+    twice = {k: np.concatenate([v[:1], v[:1]]) for k, v in one.items()}
 
     def losses(**settings):
         tiny_config.update(settings)
         config = validate(tiny_config)
-        model = build_model(config, 10, SIZE)
-        schedule = make_schedule(config, 10)
-        optimizer = make_optimizer(config, schedule, params_shapes(model, SIZE))
-        state = jax.jit(make_init(model, optimizer, SIZE, 0))()
-        head = jax.random.normal(jax.random.key(1), state.params["head"]["kernel"].shape)
-        state = state.replace(params=state.params | {"head": {
-            "kernel": head, "bias": jnp.zeros(10)}})
         step = jax.jit(make_train_step(make_loss_sum(model, config), optimizer, schedule, config))
-        one = make_batch(0, rows=2)
-        twice = {k: np.concatenate([v[:1], v[:1]]) for k, v in one.items()}
         first, m1 = step(state, twice)
         _, m2 = step(first, twice)
         return float(m1["loss"]), float(m2["loss"])

@@ -324,6 +324,12 @@ def _lost_in_npz(model, preprocessing, class_names):
     if np.any(np.not_equal(mean, 0.5)) or np.any(np.not_equal(std, 0.5)):
         warnings.append("an npz cannot hold mean and std, and 0.5 is taken for both; load it with "
                         f"mean={mean}, std={std}")
+    taken = dict(crop="squash", interpolation="bilinear", antialias=False)
+    if lost := [f"{key}={preprocessing[key]}, not {value}"
+                for key, value in taken.items() if preprocessing[key] != value]:
+        warnings.append("an npz cannot tell how images were resized, and no option of load_model "
+                        f"can; the {REPORT} beside it has what a reader will not take: "
+                        + "; ".join(lost))
     if class_names:
         warnings.append(f"an npz cannot hold the names of the {len(class_names)} classes, and no "
                         f"option of load_model takes them; the {REPORT} beside it has them")

@@ -193,4 +193,4 @@ def _load_torchvision(path, model, shape):
 
 
 LOADERS = {"timm": _load_timm, "npz": _load_npz, "hf": _load_hf,
-            "torchvision": _load_torchvision}
+           "torchvision": _load_torchvision}
