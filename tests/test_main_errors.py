@@ -14,7 +14,6 @@ from vit_jax.main import main
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.core
 TINY = f"--config={tiny_file}"
 ONE_BLOCK = [TINY, "--config.model.num_layers=1", "--config.data.workers=0"]
 

@@ -59,8 +59,11 @@ def test_it_learns_and_is_probed(pretrained):
     assert [path.name for path in (pretrained / "report").iterdir()] == ["curves.png"]
 
 
-@pytest.mark.parametrize("extra", [[], ["--config.model.scan_layers=true", "--config.mesh.fsdp=2"]],
-                         ids=["plain", "scanned and sharded"])
+@pytest.mark.parametrize("extra", [
+    pytest.param([], marks=pytest.mark.slow, id="plain"),
+    pytest.param(["--config.model.scan_layers=true", "--config.mesh.fsdp=2"],
+                 id="scanned and sharded"),
+])
 def test_resuming_equals_not_stopping(tmp_path, extra):
     arguments = [*MASKED, "--config.checkpoint_every=3", "--config.optimizer.name=sgd", *extra]
     run(tmp_path / "whole", *arguments, "--config.total_steps=6")

@@ -137,6 +137,7 @@ def test_a_finished_run_is_evaluated_again_and_left_alone(undisturbed, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == expected
 
 
+@pytest.mark.core
 def test_what_a_run_leaves(tmp_path, capsys, figures):
     workdir = tmp_path / "run"
     main([TINY, f"--workdir={workdir}"])

@@ -18,8 +18,6 @@ from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import moving_average
 
-pytestmark = pytest.mark.core
-
 
 def configure(**settings):
     """decay 0.3: the first two updates use the shorter averages 2/11 and 3/12."""

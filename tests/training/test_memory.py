@@ -11,7 +11,6 @@ from vit_jax.training.memory import Memory, Planner, compile_step, executable_by
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.state import build_model, make_init, params_shapes
 
-pytestmark = pytest.mark.core
 SMALL = dict(model__patch_size=4, model__hidden_size=32, model__mlp_dim=64, model__num_heads=4,
              model__num_layers=2, data__image_size=16)
 SCAN = dict(model__scan_layers=True)

@@ -19,7 +19,6 @@ from vit_jax.training.step import normalize
 
 KEY = jax.random.key(0)
 EVERYTHING = dict(mixup=0.8, cutmix=1.0, erasing=0.5)
-core = pytest.mark.core
 
 
 @functools.partial(jax.jit, static_argnames=("mixup", "cutmix", "erasing"))
@@ -33,7 +32,6 @@ def blank(rows):
             "mask": np.ones(rows, bool)}
 
 
-@core
 def test_mixup_weights_are_a_folded_beta():
     """max(l, 1 - l) <= x exactly when 1 - x <= l <= x. At points, because float32 rounds many
     weights to 1; five standard deviations of a count of 20,000."""
@@ -46,7 +44,6 @@ def test_mixup_weights_are_a_folded_beta():
     assert weights.min() >= 0.5 and weights.max() <= 1
 
 
-@core
 def test_with_both_each_image_takes_one_of_them():
     """And each its own alpha: with 100 for mixup its weights stay near 1/2."""
     rows = 4000
@@ -58,7 +55,6 @@ def test_with_both_each_image_takes_one_of_them():
     assert not boxed[~cut].any()  # of a single pixel, a box is all or nothing
 
 
-@core
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_the_area_of_cutmix_boxes(alpha):
     """A side of s times the image's, centred anywhere, keeps s - s^2 / 4 of it after clipping on
@@ -76,7 +72,6 @@ def test_the_area_of_cutmix_boxes(alpha):
     assert abs(areas.mean() - expected) < 5 * areas.std() / 20_000**0.5 + 1.5e-3
 
 
-@core
 def test_pairs_and_masks():
     """Row i mixes with row i - 1, unless that one could not be decoded."""
     batch = make_batch(0, rows=32, invalid=(3, 31))
@@ -92,7 +87,6 @@ def test_pairs_and_masks():
     assert mixed[[0, 4]].all()
 
 
-@core
 def test_mixed_images_and_targets_against_loops():
     """All three at once: the partner is erased too, as in timm, whose loader erases first."""
     batch = make_batch(0, rows=32, invalid=(7,))
@@ -184,7 +178,6 @@ def test_erased_boxes_against_timm():
         assert scipy.stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
 
 
-@core
 def test_erased_areas_aspects_and_places():
     """Against the distributions of the paper; rounding to whole pixels of 1000 is negligible."""
     boxes = np.asarray(mixing.erasing_boxes(KEY, 1.0, 20_000, (1000, 1000)), np.float64)
@@ -201,7 +194,6 @@ def test_erased_areas_aspects_and_places():
     assert boxes.min() >= 0 and boxes.max() <= 1000 and height.max() < 1000
 
 
-@core
 def test_noise():
     """Standard normal, different for every pixel, channel and image; nothing outside the box."""
     images = jnp.full((8, 32, 32, 3), 5.0)
@@ -290,7 +282,6 @@ def test_every_step_draws_anew(one_device):
     assert abs(first - other) > 1e-3
 
 
-@core
 def test_nothing_is_traced_when_all_is_off():
     """Every draw is a random_bits in the traced program."""
 

@@ -23,8 +23,6 @@ from vit_jax.training.step import (
     normalize,
 )
 
-pytestmark = pytest.mark.core
-
 
 @pytest.fixture(scope="module")
 def reference():
@@ -32,6 +30,7 @@ def reference():
     return run(make_tiny_config(), devices=1)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("settings", [
     dict(),
     {"mesh.fsdp": 8},
@@ -57,6 +56,7 @@ def test_same_losses_on_eight_devices(tiny_config, reference, settings):
                  *(unstack_blocks(jax.device_get(s.params)) for s in (state, reference[1])))
 
 
+@pytest.mark.core
 def test_the_losses_change(reference):
     """The comparison above would not notice a step that does nothing."""
     assert len({round(loss, 4) for loss in reference[0]}) == 4
@@ -74,6 +74,7 @@ def test_accumulation_equals_the_full_batch_with_masked_images(tiny_config):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.core
 def test_what_only_frozen_parameters_need_is_not_computed(tiny_config):
     """With the head alone there are but its own products behind the forward pass; and what is not
     trained has no part in the norm."""
@@ -164,6 +165,7 @@ def test_normalize_and_flip():
         normalize(jnp.array([0, 255], jnp.uint8)), [-1.0, 1.0], atol=1e-7)
 
 
+@pytest.mark.core
 def test_eval_step_against_numpy(tiny_config):
     config = validate(tiny_config)
     model = build_model(config, 10, SIZE)
