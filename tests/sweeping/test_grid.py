@@ -88,7 +88,9 @@ def test_a_recipe_is_no_sweep():
         grid.load(str(TESTS / "tiny.py"), {}, 1)
 
 
-@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("argument", [  # eight full-size models; :cpu has as many small ones
+    pytest.param(argument, marks=[pytest.mark.slow] if argument == "position.py" else [])
+    for argument in ARGUMENTS])
 def test_every_ablation_can_run(argument):
     """Every model takes its images. Its docstring names the number of parts it is run in."""
     _, runs = grid.load(str(ABLATIONS / argument), {}, 1)
