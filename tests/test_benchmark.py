@@ -121,9 +121,10 @@ def test_against_pytorch(tmp_path, what, library, options):
 
 
 @needs_torch
-def test_timm_trains():
+@pytest.mark.parametrize("library, what", [("timm", "train"), ("transformers", "infer")])
+def test_peers_run_the_same_model(library, what):
     config = benchmark._config({"data.image_size": "32"}, "Ti/16", 2)
-    with contextlib.closing(Peer("timm", benchmark._task("train", config, "Ti/16"))) as peer:
+    with contextlib.closing(Peer(library, benchmark._task(what, config, "Ti/16"))) as peer:
         assert peer.about["parameters"] == 5_680_552 and peer.run(1) > 0
 
 

@@ -101,7 +101,7 @@ def _train(config, workdir, stop, held):
         raise UserError(f"{workdir} is at step {first_step}, beyond the {total_steps} steps asked "
                         "for; raise config.total_steps or use another --workdir.")
     if first_step:
-        check_same_data(meta, checkpoints.meta(first_step))
+        check_same_data(meta, stored)
         state = checkpoints.restore(first_step, shapes, shardings)
         print(f"Continuing from step {first_step}.", flush=True)
     else:
@@ -231,7 +231,8 @@ def _last_meta(workdir):
     if not directory.is_dir():
         return None
     with contextlib.closing(Checkpoints(directory, writable=False)) as checkpoints:
-        return checkpoints.last_step and checkpoints.meta(checkpoints.last_step)
+        step = checkpoints.last_step
+        return None if step is None else checkpoints.meta(step)
 
 
 def _start(config, stored):

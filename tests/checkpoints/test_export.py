@@ -233,7 +233,7 @@ def test_what_an_npz_cannot_hold(tmp_path):
     warned = export_model(loaded, "npz", tmp_path / "a.npz", check=False).warnings
     assert len(warned) == 4
     for what in ("trained_size=(16, 64)", "mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4]",
-                 ": interpolation=bicubic, not bilinear; antialias=True, not False",
+                 "(interpolation=bicubic, where bilinear is taken; antialias=True, where False",
                  "names of the 5 classes"):
         assert sum(what in text for text in warned) == 1, what
     back = load_model(tmp_path / "a.npz", trained_size=(16, 64), **told)  # as they say

@@ -86,7 +86,7 @@ def test_cooldown(name, warmup):
                     optimizer_learning_rate=0.2)
     without = rates(range(101), 100, **settings)
     ours = rates(range(101), 100, schedule_cooldown_steps=20, **settings)
-    # Two programs: XLA may divide by a square root in either in another way.
+    # Two programs, in which XLA may divide by a square root in other ways: an ulp or two (6e-8).
     np.testing.assert_allclose(ours[:81], without[:81], rtol=1e-6)
     np.testing.assert_allclose(
         ours[80:], without[80] * np.linspace(1, 0, 21), rtol=1e-5, atol=1e-8)

@@ -325,11 +325,10 @@ def _lost_in_npz(model, preprocessing, class_names):
         warnings.append("an npz cannot hold mean and std, and 0.5 is taken for both; load it with "
                         f"mean={mean}, std={std}")
     taken = dict(crop="squash", interpolation="bilinear", antialias=False)
-    if lost := [f"{key}={preprocessing[key]}, not {value}"
+    if lost := [f"{key}={preprocessing[key]}, where {value} is taken"
                 for key, value in taken.items() if preprocessing[key] != value]:
         warnings.append("an npz cannot tell how images were resized, and no option of load_model "
-                        f"can; the {REPORT} beside it has what a reader will not take: "
-                        + "; ".join(lost))
+                        f"takes it ({'; '.join(lost)}); the {REPORT} beside it has it")
     if class_names:
         warnings.append(f"an npz cannot hold the names of the {len(class_names)} classes, and no "
                         f"option of load_model takes them; the {REPORT} beside it has them")
