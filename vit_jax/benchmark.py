@@ -262,7 +262,8 @@ def _measure_model(flags, overrides, variant, batch_size, against):
     batch, ours, rows = config.batch_size, timings["vit_jax"], []
     for side in sides:
         timing = timings[side]
-        flops = work.flops * batch / len(jax.devices())
+        of_image = work.whole_flops if side in peers else work.flops
+        flops = of_image * batch / len(jax.devices())
         about = peers[side].about if side in peers else {
             "memory_bytes": executable_bytes(work.executable),
             "first_seconds": work.compile_seconds, "library": work.attention}

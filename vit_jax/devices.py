@@ -109,7 +109,7 @@ def mfu(images_per_second: float, forward_flops: float, device: Device) -> float
 
     Args:
       images_per_second: of one device.
-      forward_flops: of one image, as `vit_jax.models.summary.summarize` counts them.
+      forward_flops: of one image, the `needed_flops` of `vit_jax.models.summary.summarize`.
       device: the accelerator.
     """
     return images_per_second * train_flops(forward_flops) / device.bf16_flops

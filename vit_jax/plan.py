@@ -203,8 +203,9 @@ def attention_kernel(
 
 
 def recomputed_flops(summary: Summary, remat: str) -> int:
-    """Forward FLOPs of one image that the backward pass computes a second time. The block's last
-    product is never among them, since no gradient needs its result."""
+    """Forward FLOPs of one image that the backward pass computes a second time, with all tokens of
+    the last block. A block's last product is never among them, since no gradient needs its result.
+    """
     def flops(pattern):
         return sum(row.flops for row in summary.rows if re.search(pattern, row.path))
 
@@ -224,11 +225,11 @@ def estimate_cost(
     mfu: float,
 ) -> Cost:
     """FLOPs from the model, times from the assumed MFU of so many devices."""
-    train = train_flops(summary.flops)
+    train = train_flops(summary.needed_flops)
     images_per_second = devices * device.bf16_flops * mfu / train
     step_seconds = config.batch_size / images_per_second
     return Cost(
-        forward=summary.flops,
+        forward=summary.needed_flops,
         train=train,
         hardware=train + recomputed_flops(summary, config.model.remat or "none"),
         step_flops=config.batch_size * train,

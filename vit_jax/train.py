@@ -131,7 +131,7 @@ def _train(config, workdir, stop, held):
         rows=parallel.process_rows(mesh, config.batch_size))
     log = MetricsLog(workdir, first_step, active=distributed.is_main())
     progress = Progress(
-        first_step, total_steps, config.batch_size, mesh.size, summary.flops,
+        first_step, total_steps, config.batch_size, mesh.size, summary.needed_flops,
         find_device(mesh.devices.flat[0].device_kind))
     profile = ProfileWindow(
         config.profile_steps if distributed.is_main() else None, workdir / "profile")

@@ -84,7 +84,7 @@ def test_the_compiler_counts_alike(model, size, least, most):
         return model.apply({"params": params}, images, train=False)
 
     by_xla = jax.jit(forward).lower(params, images).compile().cost_analysis()["flops"]
-    assert least <= by_xla / summarize(model, (size, size)).flops <= most
+    assert least <= by_xla / summarize(model, (size, size)).needed_flops <= most
 
 
 @pytest.mark.parametrize("name", ["B/16", "R50+B/16", "R50x1"])
@@ -119,7 +119,8 @@ Transformer/encoder_norm           1 x 197 x 768               1,536            
 head                               1 x 1000                  769,000       1.54 M
 ---------------------------------------------------------------------------------
 Parameters: 86,567,656
-FLOPs for one image of 224x224: 35,127,656,448 (17.56 G multiply-adds)"""
+FLOPs for one image of 224x224: 35,127,656,448 (17.56 G multiply-adds)
+Of these are computed: 32,696,930,304, since of the last block only the class token is read"""
     )
 
 

@@ -32,6 +32,8 @@ class Work:
       call: starts it once and returns arrays that are ready when it is done.
       executable: XLA's.
       flops: model FLOPs of one image (training: three forward passes, without what remat repeats).
+      whole_flops: the same with those of tokens that our model leaves out, and other libraries
+        compute.
       compile_seconds: tracing and compiling, without a cache.
       parameters: number of scalars.
       attention: the kernel on a GPU, where there is a choice, and why not cuDNN's; otherwise ''.
@@ -40,6 +42,7 @@ class Work:
     call: Callable[[], Any]
     executable: jax.stages.Compiled
     flops: float
+    whole_flops: float
     compile_seconds: float
     parameters: int
     attention: str
@@ -103,8 +106,8 @@ def training(config: ml_collections.ConfigDict) -> Work:
         return trainer.state, metrics
 
     summary = summarize(trainer.model, image_size(config))
-    return Work(update, step, train_flops(summary.flops), compile_seconds, summary.parameters,
-                _attention(trainer.model, config, train=True))
+    return Work(update, step, train_flops(summary.needed_flops), train_flops(summary.flops),
+                compile_seconds, summary.parameters, _attention(trainer.model, config, train=True))
 
 
 def inference(config: ml_collections.ConfigDict) -> Work:
@@ -127,8 +130,8 @@ def inference(config: ml_collections.ConfigDict) -> Work:
     compile_seconds = time.perf_counter() - begin
 
     summary = summarize(model, size)
-    return Work(lambda: compiled(params, images), compiled, summary.flops, compile_seconds,
-                summary.parameters, _attention(model, config, train=False))
+    return Work(lambda: compiled(params, images), compiled, summary.needed_flops, summary.flops,
+                compile_seconds, summary.parameters, _attention(model, config, train=False))
 
 
 BUILD = {"train": training, "infer": inference}

@@ -234,13 +234,15 @@ class MultiHeadDotProductAttention(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, length: int | None = None, train: bool) -> jax.Array:
-        """Maps tokens [B, N, D] to [B, N, D].
+    def __call__(
+        self, x: jax.Array, *, length: int | None = None, queries: int | None = None, train: bool,
+    ) -> jax.Array:
+        """Maps tokens [B, N, D] to [B, N, D], or with `queries` the first so many: [B, queries, D].
 
         Where `length` is given, the tokens after that many fill up for cuDNN's kernel: none attends
         to them, and what they become means nothing.
         """
-        _, tokens, width = x.shape
+        batch, tokens, width = x.shape
         length = tokens if length is None else length
         x = x.astype(self.dtype)  # once, or the three gradients would be summed in float32
         if width % self.num_heads:
@@ -260,14 +262,15 @@ class MultiHeadDotProductAttention(nn.Module):
             dropout_rate=self.dropout_rate if train else 0.0,
             relative_positions=self.relative_positions,
         )
+        fused = implementation == "cudnn" and queries is None  # of a few queries there is no need
         # Here and not around the kernel, where XLA would copy eight arrays for it and not two.
-        x = of_length(x, fused_length(length) if implementation == "cudnn" else length)
+        x = of_length(x, fused_length(length) if fused else length)
         query, key, value = (
             _Projection(self.num_heads, head_dim, self.dtype, implementation == "cudnn",
-                        name=name)(x)
-            for name in ("query", "key", "value"))
+                        name=name)(inputs)
+            for name, inputs in (("query", x[:, :queries]), ("key", x), ("value", x)))
 
-        if implementation == "cudnn":
+        if fused:
             heads = fused_attend(query, key, value, length)
         elif recording or self.relative_positions or (train and self.dropout_rate):
             logits = einsum_float32("bqhd,bkhd->bhqk", query, key)
@@ -287,10 +290,11 @@ class MultiHeadDotProductAttention(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(),
             name="out",
         )(heads.reshape(-1, self.num_heads, head_dim))
-        return checkpoint_name(of_length(out.reshape(x.shape), tokens), "attention_out")
+        out = out.reshape(batch, heads.shape[1], width)
+        return checkpoint_name(of_length(out, queries or tokens), "attention_out")
 
     def _relative_logits(self, query, length, head_dim):
-        """Logits [B, H, N, N] of the queries against one learned vector per offset p_q - p_k."""
+        """Logits [B, H, Q, N] of Q queries against one learned vector per offset p_q - p_k."""
         name, shape = "relative_embedding", (2 * length - 1, self.num_heads, head_dim)
         if self.has_variable("params", name):
             have = jnp.shape(self.get_variable("params", name))
@@ -302,5 +306,5 @@ class MultiHeadDotProductAttention(nn.Module):
         table = self.param(name, nn.initializers.normal(0.02), shape)
         by_offset = einsum_float32("bqhd,rhd->bhqr", query, table.astype(self.dtype))
         positions = jnp.arange(length)
-        offsets = positions[:, None] - positions[None, :] + length - 1  # [N, N], all >= 0
+        offsets = positions[: query.shape[1], None] - positions + length - 1  # [Q, N], all >= 0
         return jnp.take_along_axis(by_offset, offsets[None, None], axis=-1)

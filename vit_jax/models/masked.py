@@ -105,6 +105,11 @@ class MaskedPatchModel(VisionTransformer):
         return x.reshape(*x.shape[:2], CELLS, COLORS) if self.target == "downsized_colors" else x
 
     @property
+    def leaves_out_tokens(self) -> bool:
+        """Never: every patch is predicted."""
+        return False
+
+    @property
     def patch_pixels(self) -> int:
         """Pixels per side of what one token stands for, on a hybrid too."""
         return self.patch_size * self.stem_stride

@@ -32,12 +32,19 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The modules in the order in which they run, and the totals; made by `summarize`."""
+    """The modules in the order in which they run, and the totals; made by `summarize`.
+
+    Attributes:
+      flops: of all modules, each for all of its tokens, as tables of architectures count them.
+      needed_flops: without those of tokens that nothing reads, which the model leaves out
+        (`VisionTransformer.leaves_out_tokens`).
+    """
 
     image_size: tuple[int, int]
     rows: tuple[Row, ...]
     parameters: int
     flops: int
+    needed_flops: int
 
 
 def summarize(model: nn.Module, image_size: tuple[int, int], channels: int = 3) -> Summary:
@@ -74,8 +81,8 @@ def summarize(model: nn.Module, image_size: tuple[int, int], channels: int = 3) 
         return output
 
     def forward(params, images):
-        with nn.intercept_methods(record):
-            return model.apply({"params": params}, images, train=False)
+        with nn.intercept_methods(record):  # recording its tokens, the model leaves out none
+            return model.apply({"params": params}, images, train=False, mutable=["intermediates"])
 
     jaxpr = jax.make_jaxpr(forward)(params, images).jaxpr
 
@@ -98,7 +105,20 @@ def summarize(model: nn.Module, image_size: tuple[int, int], channels: int = 3) 
             rows.append(Row("/".join(path), shape, parameters[path], flops[path]))
         if any(path == other[:-1] for other in shapes if other):
             rows.extend(rows_of[path])
-    return Summary(tuple(image_size), tuple(rows), parameters[()], flops[()])
+    unread = _unread_flops(model, rows) if getattr(model, "leaves_out_tokens", False) else 0
+    return Summary(tuple(image_size), tuple(rows), parameters[()], flops[()], flops[()] - unread)
+
+
+def _unread_flops(model, rows):
+    """Those of all tokens but one in the last block, where they are keys and values alone."""
+    layers = model.num_layers if model.scan_layers else 1
+    block = "Transformer/encoderblock" + ("" if model.scan_layers else f"_{model.num_layers - 1}")
+    by_path = {row.path: row for row in rows}
+    flops = by_path[block].flops
+    for name in ("key", "value"):
+        flops -= by_path[f"{block}/MultiHeadDotProductAttention_0/{name}"].flops
+    tokens = by_path[f"{block}/LayerNorm_0"].output_shape[0]
+    return flops // layers // tokens * (tokens - 1)
 
 
 def _products(jaxpr: Jaxpr, stack=(), times=1) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -170,6 +190,9 @@ def format_summary(summary: Summary, depth: int = 2) -> str:
         f"FLOPs for one image of {height}x{width}: {summary.flops:,} "
         f"({_scaled(summary.flops // 2)} multiply-adds)"
     )
+    if summary.needed_flops != summary.flops:
+        totals += (f"\nOf these are computed: {summary.needed_flops:,}, since of the last block only "
+                   "the class token is read")
     return "\n".join((text[0], rule, *text[1:], rule, totals))
 
 

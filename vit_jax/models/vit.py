@@ -130,9 +130,9 @@ class Encoder1DBlock(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, *, grid: tuple[int, int] | None = None, length: int | None = None,
-        drop_branch_rate=None, train: bool,
+        queries: int | None = None, drop_branch_rate=None, train: bool,
     ) -> jax.Array:
-        """Maps tokens [B, N, D] to [B, N, D].
+        """Maps tokens [B, N, D] to [B, N, D], or with `queries` the first so many: [B, queries, D].
 
         `grid` is that of the patches, which only a position embedding asks for; `length` is that of
         `MultiHeadDotProductAttention`. `drop_branch_rate` is this block's probability to skip a
@@ -154,17 +154,17 @@ class Encoder1DBlock(nn.Module):
             positioned = AddPositionEmbs(self.position_embedding, name="posembed_input")
             positions = positioned(jnp.zeros_like(x[:1, :length], jnp.float32), grid=grid)
             x = (x + of_length(positions, x.shape[1])).astype(self.dtype)
-        shape = x.shape
         # XLA's CPU backend runs sums and GELUs of [B * N, D] much faster than of [B, N, D].
-        x = x.reshape(-1, shape[-1])
-        y = LayerNorm()(x).reshape(shape)
+        y = LayerNorm()(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        shape = x[:, :queries].shape
+        x = x[:, :queries].reshape(-1, shape[-1])
         y = MultiHeadDotProductAttention(
             num_heads=self.num_heads,
             dtype=self.dtype,
             dropout_rate=self.attention_dropout_rate,
             relative_positions=self.relative_positions,
             implementation=self.attention_implementation,
-        )(y, length=length, train=train).reshape(x.shape)
+        )(y, length=length, queries=queries, train=train).reshape(x.shape)
         y = nn.Dropout(self.dropout_rate)(y, deterministic=not train)
         x = x + residual(y, 0)
 
@@ -194,10 +194,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, *, grid: tuple[int, int], registers=None, fused: bool = False,
-        train: bool,
+        queries: int | None = None, train: bool,
     ) -> jax.Array:
         """Maps tokens [B, N, D] to [B, R + N, D], float32; registers [1, R, D] follow the class
-        token and get no position. `fused`: the blocks will take cuDNN's attention."""
+        token and get no position. `fused`: the blocks will take cuDNN's attention. With `queries`
+        the last block computes only the first so many tokens: [B, queries, D]."""
         kind, shared = self.position_embedding, None
         if self.position_embedding_at != "stem":
             self._check_place(registers)
@@ -217,7 +218,7 @@ class Encoder(nn.Module):
         length = x.shape[1]
         if fused:  # filled up once, and not in every block
             x = of_length(x, fused_length(length))
-        x = self._blocks(x, grid, shared, length, train)
+        x = self._blocks(x, grid, shared, length, queries, train)
         return LayerNorm(name="encoder_norm")(x[:, :length])
 
     def _check_place(self, registers):
@@ -235,35 +236,50 @@ class Encoder(nn.Module):
         raise ValueError(f"position_embedding_at={place!r} does not go with "
                          f"position_embedding={kind!r}: {reason}.")
 
-    def _blocks(self, x, grid, positions, length, train):
+    def _blocks(self, x, grid, positions, length, queries, train):
         # Stochastic depth grows linearly, from 0 in the first block to the full rate in the last.
         rates = [self.stochastic_depth_rate * i / max(1, self.num_layers - 1)
                  for i in range(self.num_layers)]
-
-        def run(block, x, rate):
-            if positions is not None:
-                x = (x + of_length(positions, x.shape[1])).astype(x.dtype)
-            return block(x, grid=grid, length=length, train=train,
-                         drop_branch_rate=rate if self.stochastic_depth_rate else None)
-
         loop = self.scan_layers and not self.scan_unroll
-        if self.remat != "none":
+
+        def runner(queries=None):
+            def run(block, x, rate):
+                if positions is not None:
+                    x = (x + of_length(positions, x.shape[1])).astype(x.dtype)
+                return block(x, grid=grid, length=length, queries=queries, train=train,
+                             drop_branch_rate=rate if self.stochastic_depth_rate else None)
+
+            if self.remat == "none":
+                return run
             # In a loop there is nothing to be found equal to what is computed a second time.
-            run = nn.remat(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not loop)
+            return nn.remat(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not loop)
+
         if not self.scan_layers:
             for i, rate in enumerate(rates):
-                x = run(Encoder1DBlock(**self.block, name=f"encoderblock_{i}"), x, rate)
+                last = i == self.num_layers - 1
+                block = Encoder1DBlock(**self.block, name=f"encoderblock_{i}")
+                x = runner(queries if last else None)(block, x, rate)
             return x
 
-        scanned = nn.scan(
-            lambda block, x, rate: (run(block, x, rate), None),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=self.num_layers,
-            unroll=self.num_layers if self.scan_unroll else 1,
-        )
-        x, _ = scanned(Encoder1DBlock(**self.block, name="encoderblock"), x, jnp.asarray(rates))
-        return x
+        def scan(length):
+            return nn.scan(
+                lambda block, x, rate: (runner()(block, x, rate), None),
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=length,
+                unroll=length if self.scan_unroll else 1,
+            )
+
+        block, rates = Encoder1DBlock(**self.block, name="encoderblock"), jnp.asarray(rates)
+        if queries is None or self.is_initializing():
+            return scan(self.num_layers)(block, x, rates)[0][:, :queries]
+
+        def of(function, layers):
+            return nn.map_variables(
+                function, "params", lambda params: jax.tree.map(lambda p: p[layers], params))
+
+        x, _ = of(scan(self.num_layers - 1), slice(-1))(block, x, rates[:-1])
+        return of(runner(queries), -1)(block, x, rates[-1])
 
 
 class VisionTransformer(nn.Module):
@@ -338,8 +354,11 @@ class VisionTransformer(nn.Module):
         x = x.reshape(batch, height * width, self.hidden_size)
         return constrain_tokens(x), (height, width)
 
-    def encode_patches(self, x: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
-        """Patch embeddings [B, h * w, D] to the encoder's tokens, float32, patches last."""
+    def encode_patches(
+        self, x: jax.Array, grid: tuple[int, int], *, queries: int | None = None, train: bool,
+    ) -> jax.Array:
+        """Patch embeddings [B, h * w, D] to the encoder's tokens, float32, patches last; with
+        `queries` to the first so many of them."""
         if self.classifier in ("token", "token_unpooled"):
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
             cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.hidden_size)).astype(x.dtype)
@@ -378,7 +397,7 @@ class VisionTransformer(nn.Module):
             scan_unroll=self.scan_unroll,
             remat=self.remat,
             name="Transformer",
-        )(x, grid=grid, registers=registers, fused=fused, train=train)
+        )(x, grid=grid, registers=registers, fused=fused, queries=queries, train=train)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -393,7 +412,9 @@ class VisionTransformer(nn.Module):
             their ResNet times the patch size), or does not fit the position embedding.
         """
         patches, grid = self.embed_patches(images)
-        x = self.encode_patches(patches, grid, train=train)
+        # What records the tokens wants them all.
+        alone = self.leaves_out_tokens and not self.is_mutable_collection("intermediates")
+        x = self.encode_patches(patches, grid, queries=1 if alone else None, train=train)
 
         patches = x[:, -patches.shape[1] :]
         if self.classifier == "token":
@@ -412,6 +433,13 @@ class VisionTransformer(nn.Module):
         if not self.num_classes:
             return x
         return resnet.make_head(self.num_classes, self.head_bias_init, self.dtype)(x)
+
+    @property
+    def leaves_out_tokens(self) -> bool:
+        """Whether the last block computes the class token alone: where nothing reads the others,
+        they need no queries, no projection and no MLP there. A loop over the blocks computes all,
+        since its parameters would have to be copied to set one block apart."""
+        return self.classifier == "token" and (self.scan_unroll or not self.scan_layers)
 
     @property
     def stem_stride(self) -> int:

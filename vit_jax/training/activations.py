@@ -59,7 +59,7 @@ class Residuals:
     """What one forward pass leaves for the backward pass.
 
     Attributes:
-      blocks: number of Transformer blocks, 0 for a ResNet.
+      blocks: number of equal Transformer blocks, 0 for a ResNet.
       block: of one block, all that `jax.vjp` keeps; a loop over the blocks stores this.
       block_fused: of one block, what is left when the compiler sees it beside its backward pass.
       outside: of everything else, fused.
@@ -78,7 +78,8 @@ def residuals(
 
     Args:
       model: as `build_model` makes it, with `scan_layers` if it has blocks: then the block is one
-        piece of the program, which can be looked at by itself.
+        piece of the program, which can be looked at by itself. `scan_unroll` leaves out what a
+        model without a loop does: the last block is then counted with everything else.
       params: its parameters' shapes.
       size: (height, width) of the images.
       loss_sum: of this model, as the train step differentiates it.
@@ -96,7 +97,7 @@ def residuals(
     jaxpr = jax.make_jaxpr(kept)(params, batch).jaxpr
     program = _Program(jaxpr)
     outputs = [program.values[v] for v in jaxpr.outvars if not isinstance(v, Literal)]
-    length = getattr(model, "num_layers", 0)
+    length = getattr(model, "num_layers", 0) - getattr(model, "leaves_out_tokens", False)
     loops = [op for op in program.operations
              if op.name == "scan" and op.equation.params["length"] == length]
     stacked, block, block_fused = set(), [], []

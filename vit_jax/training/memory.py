@@ -163,19 +163,19 @@ class Planner:
         return isinstance(self.model, VisionTransformer)
 
     @functools.cache  # noqa: B019
-    def _residuals(self, remat: str) -> Residuals:
+    def _residuals(self, remat: str, loop: bool) -> Residuals:
         model = self.model
         if self._has_blocks:
-            model = model.clone(scan_layers=True, remat=remat)
+            model = model.clone(scan_layers=True, scan_unroll=not loop, remat=remat)
         return residuals(model, params_shapes(model, self._size), self._size,
                          make_task_loss(model, self._config))
 
     def _activations(self, config, mesh, images) -> tuple[int, int]:
         """Bytes kept from the forward to the backward pass, and while a block is in it."""
         if not self._has_blocks:
-            return self._sum(self._residuals("none").outside, images, mesh), 0
+            return self._sum(self._residuals("none", False).outside, images, mesh), 0
         remat, loop = config.model.remat or "none", has_loop(config)
-        found, split = self._residuals(remat), mesh.shape["fsdp"] * mesh.shape["tensor"]
+        found, split = self._residuals(remat, loop), mesh.shape["fsdp"] * mesh.shape["tensor"]
         block = found.block if loop else found.block_fused
         kept = self._sum([a for a in block if a.per_image], images, mesh)
         # Kernels cast for the forward pass stay for the backward pass. A loop stacks them as they
@@ -186,7 +186,7 @@ class Planner:
 
         working = 0
         if loop or remat != "none":
-            block = self._residuals("none").block_fused
+            block = self._residuals("none", loop).block_fused
             working += self._sum(block, images, mesh)
             # And the gradient of the largest of them.
             working += max(self._sum([array], images, mesh) for array in block)
