@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside this fil
 from fixtures_cifar10 import cifar10_dir  # noqa: E402, F401
 from tiny import make_tiny_config  # noqa: E402
 
-from vit_jax import train  # noqa: E402
+from vit_jax import report  # noqa: E402
 
 
 def pytest_collection_modifyitems(config, items):
@@ -49,15 +49,15 @@ def drawn():
     """Runs in this process leave no figures, which take a third of a tiny one's time; yields what
     draws them."""
     with pytest.MonkeyPatch.context() as patch:
-        draw = train.write_report
-        patch.setattr(train, "write_report", lambda workdir, *_: workdir / "report")
+        draw = report.write_report
+        patch.setattr(report, "write_report", lambda workdir, *_: workdir / "report")
         yield draw
 
 
 @pytest.fixture
 def figures(drawn, monkeypatch):
     """Lets runs leave their figures after all."""
-    monkeypatch.setattr(train, "write_report", drawn)
+    monkeypatch.setattr(report, "write_report", drawn)
 
 
 @pytest.fixture

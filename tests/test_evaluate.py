@@ -11,8 +11,9 @@ from vit_jax.data.pipeline import BadImages
 from vit_jax.data.sources import open_eval
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate_checkpoint, make_evaluator
+from vit_jax.models.shapes import params_shapes
 from vit_jax.training import partition
-from vit_jax.training.state import build_model, params_shapes
+from vit_jax.training.state import build_model
 from vit_jax.training.step import normalize
 
 pytestmark = pytest.mark.core

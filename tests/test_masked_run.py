@@ -40,7 +40,7 @@ def pretrained(tmp_path_factory, drawn):
     """60 steps, with probes and figures."""
     folder = tmp_path_factory.mktemp("masked")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vit_jax.train.write_report", drawn)
+        patch.setattr("vit_jax.report.write_report", drawn)
         out = run(folder, *MASKED, "--config.total_steps=60", "--config.eval_every=10",
                   "--config.checkpoint_every=0", "--config.probes.every=30",
                   "--config.probes.shots=1,5")

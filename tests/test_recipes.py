@@ -14,10 +14,11 @@ from vit_jax.config import flatten, image_size, validate
 from vit_jax.data.builtin import Synthetic
 from vit_jax.data.pipeline import BadImages, train_batches
 from vit_jax.errors import UserError
+from vit_jax.models.shapes import params_shapes
 from vit_jax.models.variants import VARIANTS, create_model
 from vit_jax.models.vit import VisionTransformer, check_image_size
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.state import build_model, make_init
 from vit_jax.training.step import make_train_step
 from vit_jax.training.stop import StopSignal
 from vit_jax.training.task import make_task_loss

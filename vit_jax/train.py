@@ -17,10 +17,10 @@ from vit_jax.data.sources import open_splits
 from vit_jax.devices import find as find_device
 from vit_jax.errors import UserError
 from vit_jax.evaluate import make_evaluator, pixel_statistics
+from vit_jax.models.shapes import params_shapes
 from vit_jax.models.summary import format_summary, summarize
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.probes.evaluator import make_probes
-from vit_jax.report import write_report
 from vit_jax.training import distributed, parallel, partition
 from vit_jax.training import workdir as workdir_lib
 from vit_jax.training.checkpoint import BEST, Checkpoints, check_same_data, describe_run
@@ -32,7 +32,7 @@ from vit_jax.training.state import (
     fields_from_json,
     group_blocks,
     make_init,
-    params_shapes,
+    state_shapes,
 )
 from vit_jax.training.step import make_train_step
 from vit_jax.training.stop import StopSignal
@@ -78,8 +78,9 @@ def _train(config, workdir, stop, held):
     start_params = fit(start, model, size, config, classes) if start else None
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
-    init = make_init(model, optimizer, size, config.seed, ema=config.ema_decay is not None)
-    shapes = jax.eval_shape(init)
+    ema = config.ema_decay is not None
+    init = make_init(model, optimizer, size, config.seed, ema=ema)
+    shapes = state_shapes(model, optimizer, size, ema=ema)
     shardings, notes = partition.state_shardings(shapes, mesh)
 
     # A new run, or one to continue.
@@ -108,7 +109,7 @@ def _train(config, workdir, stop, held):
         state = jax.jit(init, out_shardings=shardings)()
         if start:
             state = state.replace(params=jax.device_put(start_params, shardings.params))
-            if config.ema_decay is not None:
+            if ema:
                 state = state.replace(ema_params=jax.device_put(start_params, shardings.params))
             print(start.report)
     del start_params
@@ -219,6 +220,8 @@ def _train(config, workdir, stop, held):
     if skipped := distributed.total(bad_images.count):
         print(f"{skipped} images could not be decoded and were skipped.")
     if distributed.is_main():
+        from vit_jax.report import write_report  # matplotlib takes half a second of a start
+
         folder = write_report(workdir, evaluation, classes, train_source.labels())
         print(f"Finished {total_steps} steps; best accuracy {max(best, evaluation.accuracy):.4f}. "
               f"Figures are in {folder}, checkpoints and metrics beside it.")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from vit_jax.config import base_config
+from vit_jax.models.shapes import params_shapes
 from vit_jax.models.variants import create_model
 from vit_jax.training.activations import residuals
-from vit_jax.training.state import params_shapes
 from vit_jax.training.step import make_loss_sum
 
 pytestmark = pytest.mark.core

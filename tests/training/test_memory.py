@@ -6,10 +6,11 @@ import pytest
 
 from vit_jax.config import base_config, set_value, validate
 from vit_jax.errors import UserError
+from vit_jax.models.shapes import params_shapes
 from vit_jax.training import partition
 from vit_jax.training.memory import Memory, Planner, compile_step, executable_bytes, resolve_mesh
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.state import build_model, make_init
 
 SMALL = dict(model__patch_size=4, model__hidden_size=32, model__mlp_dim=64, model__num_heads=4,
              model__num_layers=2, data__image_size=16)

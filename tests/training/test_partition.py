@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.config import base_config, validate
 from vit_jax.errors import UserError
+from vit_jax.models.shapes import params_shapes
 from vit_jax.training import parallel, partition
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.state import build_model, make_init
 
 pytestmark = pytest.mark.core
 

@@ -13,8 +13,9 @@ from tiny_steps import SIZE, build, make_batch, run
 
 from vit_jax.config import validate
 from vit_jax.models.scan import unstack_blocks
+from vit_jax.models.shapes import params_shapes
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.state import build_model, make_init
 from vit_jax.training.step import (
     flip,
     make_eval_step,

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 
 from vit_jax.config import validate
+from vit_jax.models.shapes import params_shapes
 from vit_jax.training import parallel, partition
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import build_model, make_init, params_shapes
+from vit_jax.training.state import build_model, make_init
 from vit_jax.training.step import make_loss_sum, make_train_step
 
 SIZE = (8, 8)

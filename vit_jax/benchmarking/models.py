@@ -13,11 +13,12 @@ import numpy as np
 from vit_jax.benchmarking.timing import Run
 from vit_jax.config import image_size
 from vit_jax.devices import train_flops
+from vit_jax.models.shapes import params_shapes
 from vit_jax.models.summary import summarize
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel, partition
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import build_model, group_blocks, make_init, params_shapes
+from vit_jax.training.state import build_model, group_blocks, make_init, state_shapes
 from vit_jax.training.step import make_loss_sum, make_train_step, normalize
 
 NUM_CLASSES = 1000
@@ -73,11 +74,11 @@ class Trainer:
         self.mesh = partition.make_mesh(config)
         parallel.check_devices(config, self.mesh)
         self.model = group_blocks(build_model(config, NUM_CLASSES, size), config, self.mesh)
-        schedule = make_schedule(config, _STEPS)
+        schedule, ema = make_schedule(config, _STEPS), config.ema_decay is not None
         optimizer = make_optimizer(config, schedule, params_shapes(self.model, size))
-        init = make_init(
-            self.model, optimizer, size, config.seed, ema=config.ema_decay is not None)
-        shardings, _ = partition.state_shardings(jax.eval_shape(init), self.mesh)
+        init = make_init(self.model, optimizer, size, config.seed, ema=ema)
+        shardings, _ = partition.state_shardings(
+            state_shapes(self.model, optimizer, size, ema=ema), self.mesh)
         self.state = jax.jit(init, out_shardings=shardings)()
         step = make_train_step(make_loss_sum(self.model, config), optimizer, schedule, config)
         self._jitted = jax.jit(step, donate_argnums=0,

@@ -4,14 +4,13 @@ import difflib
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.checkpoints import resize
 from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.report import LoadReport
 from vit_jax.errors import UserError
+from vit_jax.models.shapes import params_shapes
 
 Params = dict[str, np.ndarray]  # by path
 
@@ -23,11 +22,9 @@ def expected_shapes(model: nn.Module, size: tuple[int, int], channels: int) -> d
       UserError: the model cannot take such images, or its sizes contradict each other.
     """
     if getattr(model, "scan_layers", False):
-        model = model.clone(scan_layers=False)
-    images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+        model = model.clone(scan_layers=False, scan_unroll=False)
     try:
-        tree = jax.eval_shape(
-            lambda images: model.init(jax.random.key(0), images, train=False), images)["params"]
+        tree = params_shapes(model, size, channels)
     except (TypeError, ValueError) as error:
         raise UserError(f"{str(error)[:1].upper()}{str(error)[1:]}") from None
     return {path: leaf.shape for path, leaf in flatten(tree).items()}

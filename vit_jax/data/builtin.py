@@ -1,6 +1,8 @@
 """Sources that need no files: handwritten digits, and made-up images for benchmarks."""
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 
@@ -52,11 +54,12 @@ class DigitsSplit:
 @functools.lru_cache(maxsize=1)
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """uint8 [1797, 8, 8, 3] and int32 [1797]."""
-    from sklearn import datasets  # half a second to import, for this source only
-
-    digits = datasets.load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the grey levels are 0..16
-    return np.repeat(grey[..., None], 3, axis=-1), digits.target.astype(np.int32)
+    # What `sklearn.datasets.load_digits` reads, without the second that importing it takes.
+    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    rows = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    images, labels = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
+    grey = np.rint(images * (255 / 16)).astype(np.uint8)  # the grey levels are 0..16
+    return np.repeat(grey[..., None], 3, axis=-1), labels.astype(np.int32)
 
 
 class Synthetic:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vit_jax.models.gpu import compute_capability
+from vit_jax.models.partition import constrain_tokens
 from vit_jax.models.precision import einsum_float32
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
@@ -265,10 +266,12 @@ class MultiHeadDotProductAttention(nn.Module):
         fused = implementation == "cudnn" and queries is None  # of a few queries there is no need
         # Here and not around the kernel, where XLA would copy eight arrays for it and not two.
         x = of_length(x, fused_length(length) if fused else length)
+        # A single token an image is so small that a compiler would rather split it by feature.
+        asking = constrain_tokens(x[:, :queries])
         query, key, value = (
             _Projection(self.num_heads, head_dim, self.dtype, implementation == "cudnn",
                         name=name)(inputs)
-            for name, inputs in (("query", x[:, :queries]), ("key", x), ("value", x)))
+            for name, inputs in (("query", asking), ("key", x), ("value", x)))
 
         if fused:
             heads = fused_attend(query, key, value, length)

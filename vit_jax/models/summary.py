@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from vit_jax.models.shapes import params_shapes
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -65,9 +67,7 @@ def summarize(model: nn.Module, image_size: tuple[int, int], channels: int = 3) 
     if getattr(model, "attention_implementation", "xla") != "xla":
         model = model.clone(attention_implementation="xla")  # same products, seen by the tracer
     images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
-    params = jax.eval_shape(
-        lambda key, images: model.init(key, images, train=False), jax.random.key(0), images
-    ).get("params", {})
+    params = params_shapes(model, image_size, channels)
 
     shapes = {}  # of every module's output, in the order of the calls
 
@@ -191,8 +191,8 @@ def format_summary(summary: Summary, depth: int = 2) -> str:
         f"({_scaled(summary.flops // 2)} multiply-adds)"
     )
     if summary.needed_flops != summary.flops:
-        totals += (f"\nOf these are computed: {summary.needed_flops:,}, since of the last block only "
-                   "the class token is read")
+        totals += (f"\nOf these are computed: {summary.needed_flops:,}, since of the last block "
+                   "only the class token is read")
     return "\n".join((text[0], rule, *text[1:], rule, totals))
 
 

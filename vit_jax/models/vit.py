@@ -156,8 +156,9 @@ class Encoder1DBlock(nn.Module):
             x = (x + of_length(positions, x.shape[1])).astype(self.dtype)
         # XLA's CPU backend runs sums and GELUs of [B * N, D] much faster than of [B, N, D].
         y = LayerNorm()(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-        shape = x[:, :queries].shape
-        x = x[:, :queries].reshape(-1, shape[-1])
+        x = x[:, :queries]
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
         y = MultiHeadDotProductAttention(
             num_heads=self.num_heads,
             dtype=self.dtype,

@@ -14,6 +14,7 @@ import ml_collections
 from jax.sharding import AbstractMesh
 
 from vit_jax.config import image_size
+from vit_jax.models.shapes import params_shapes
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel, partition
 from vit_jax.training.activations import Array, Residuals, residuals
@@ -22,8 +23,7 @@ from vit_jax.training.state import (
     TrainState,
     build_model,
     group_blocks,
-    make_init,
-    params_shapes,
+    state_shapes,
 )
 from vit_jax.training.step import make_train_step
 from vit_jax.training.task import make_task_loss
@@ -149,8 +149,7 @@ class Planner:
         optimizer = make_optimizer(
             config, make_schedule(config, config.total_steps or _ANY_LENGTH),
             params_shapes(model, self._size))
-        return jax.eval_shape(make_init(
-            model, optimizer, self._size, config.seed, ema=config.ema_decay is not None))
+        return state_shapes(model, optimizer, self._size, ema=config.ema_decay is not None)
 
     @functools.cached_property
     def _block_bytes(self) -> int:
@@ -237,8 +236,7 @@ def compile_step(
     model = group_blocks(build_model(config, num_classes, size), config, mesh)
     schedule = make_schedule(config, config.total_steps or _ANY_LENGTH)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
-    state = jax.eval_shape(make_init(
-        model, optimizer, size, config.seed, ema=config.ema_decay is not None))
+    state = state_shapes(model, optimizer, size, ema=config.ema_decay is not None)
     shardings, _ = partition.state_shardings(state, mesh)
     rows = {"image": ((*size, 3), jnp.uint8), "label": ((), jnp.int32), "mask": ((), jnp.bool),
             "flip": ((), jnp.bool)}

@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.masked import corrupted_count, masked_patch_model
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.scan import stack_blocks
+from vit_jax.models.shapes import params_shapes
 from vit_jax.models.variants import create_model
 from vit_jax.models.vit import VisionTransformer
 
@@ -121,11 +122,6 @@ def model_from_json(fields: dict[str, Any]) -> nn.Module:
     return kind(**(fields | {"dtype": jnp.dtype(fields["dtype"])}))
 
 
-def params_shapes(model: nn.Module, size: tuple[int, int]) -> Any:
-    """Shapes and types of the model's parameters for images of (height, width)."""
-    return jax.eval_shape(lambda: _init_params(model, size, seed=0))
-
-
 def make_init(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -145,13 +141,23 @@ def make_init(
     return init
 
 
+def state_shapes(
+    model: nn.Module, optimizer: optax.GradientTransformation, size: tuple[int, int], *,
+    ema: bool = False,
+) -> TrainState:
+    """What the function of `make_init` returns, as `jax.ShapeDtypeStruct`."""
+    params = params_shapes(model, size)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params,
+                      jax.eval_shape(optimizer.init, params), params if ema else None)
+
+
 def _trace(model, size):
     """Runs through the model without computing, so that what it refuses is refused early."""
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    key = jax.random.key(0)
     jax.eval_shape(
-        lambda images: model.init_with_output(
-            {"params": key, "dropout": key}, images, train=True), images)
+        lambda params, images: model.apply(
+            {"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)}),
+        params_shapes(model, size), images)
 
 
 def _init_params(model, size, seed):
