@@ -12,8 +12,6 @@ from tiny_models import abstract_params, pixels, random_params, tiny
 
 from vit_jax.models.scan import stack_blocks, unstack_blocks
 
-pytestmark = pytest.mark.core
-
 
 def loss_and_gradients(model, params, images):
     def loss(params):
@@ -44,6 +42,7 @@ def loop():
     return images, params, *loss_and_gradients(tiny(), params, images)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "scan_layers, remat",
     [(scan, remat) for scan in (False, True) for remat in ("none", "full", "dots", "names")][1:],
@@ -78,6 +77,7 @@ def test_without_the_loop_it_computes_the_same(unroll, remat):
         assert grouped.count(" exponential(") >= alone.count(" exponential(")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("place", ["every_layer", "every_layer_shared"])
 @pytest.mark.parametrize("scan_layers, remat", [(True, "none"), (False, "full"), (True, "names")])
 def test_positions_in_every_layer_are_the_same_in_all_layouts(place, scan_layers, remat):
@@ -89,6 +89,7 @@ def test_positions_in_every_layer_are_the_same_in_all_layouts(place, scan_layers
     assert_computes(model, params, images, logits, gradients)
 
 
+@pytest.mark.core
 def test_remat_recomputes_what_it_says():
     """Counted in the matrix products of the gradient of two blocks."""
     images = pixels()
@@ -106,6 +107,7 @@ def test_remat_recomputes_what_it_says():
     assert full - none == 2 * 7  # all but the last, whose result only the next block needs
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("optimizer", [None, optax.adamw(1e-3)], ids=["params", "adamw"])
 def test_stacking_round_trip_is_exact(optimizer):
     """Of parameters, and of an optimizer state that holds trees like them."""
@@ -122,6 +124,7 @@ def test_stacking_round_trip_is_exact(optimizer):
     jax.tree.map(np.testing.assert_array_equal, back, tree)
 
 
+@pytest.mark.core
 def test_stacked_trees_are_those_of_a_scanned_model():
     """Also in an optimizer state, whose counter has no layers."""
     adamw = optax.adamw(1e-3)
@@ -135,6 +138,7 @@ def test_stacked_trees_are_those_of_a_scanned_model():
         assert jax.tree.map(jnp.shape, unstacked) == jax.tree.map(jnp.shape, loop)
 
 
+@pytest.mark.core
 def test_trees_without_blocks_are_left_alone():
     tree = {"block1": {"unit1": np.ones(2)}, "head": np.zeros(3)}
     for function in (stack_blocks, unstack_blocks):
