@@ -275,7 +275,7 @@ class Encoder(nn.Module):
         if queries is None or self.is_initializing():
             return scan(self.num_layers)(block, x, rates)[0][:, :queries]
 
-        def of(function, layers):
+        def of(function, layers):  # on the parameters of these alone
             return nn.map_variables(
                 function, "params", lambda params: jax.tree.map(lambda p: p[layers], params))
 

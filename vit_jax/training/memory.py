@@ -188,7 +188,7 @@ class Planner:
             block = self._residuals("none", loop).block_fused
             working += self._sum(block, images, mesh)
             # And the gradient of the largest of them.
-            working += max(self._sum([array], images, mesh) for array in block)
+            working += max((self._sum([array], images, mesh) for array in block), default=0)
         if mesh.shape["fsdp"] > 1:
             working += self._block_bytes // mesh.shape["tensor"]
         return total, working
