@@ -328,10 +328,10 @@ def _lost_in_npz(model, preprocessing, class_names):
     if lost := [f"{key}={preprocessing[key]}, where {value} is taken"
                 for key, value in taken.items() if preprocessing[key] != value]:
         warnings.append("an npz cannot tell how images were resized, and no option of load_model "
-                        f"takes it ({'; '.join(lost)}); the {REPORT} beside it has it")
+                        f"takes it ({'; '.join(lost)}); NAME.{REPORT} beside NAME has it")
     if class_names:
         warnings.append(f"an npz cannot hold the names of the {len(class_names)} classes, and no "
-                        f"option of load_model takes them; the {REPORT} beside it has them")
+                        f"option of load_model takes them; NAME.{REPORT} beside NAME has them")
     for part in ("register_tokens", "layer_scale"):
         if getattr(model, part, None):
             warnings.append(f"only vit_jax reads {part.replace('_', ' ')} from an npz")
