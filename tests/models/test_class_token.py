@@ -90,7 +90,7 @@ def test_all_tokens_are_computed_where_patches_are_predicted():
     assert tokens_of_last_block(model, random_params(model, 8, 8), pixels(1, 8, 8)) == 5
 
 
-def test_dropout_and_stochastic_depth_reach_the_last_block():
+def test_stochastic_depth_reaches_the_last_block():
     """With everything dropped there, what is left are the class tokens that entered it."""
     model = tiny(num_layers=2, stochastic_depth_rate=0.999999)
     params, images = random_params(model, 8, 8), pixels(2, 8, 8)

@@ -1,10 +1,12 @@
 """Shapes, parameters and FLOPs of a model that is never run."""
 
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxprs import equations, named
 from tiny_models import abstract_params, tiny
 
 from vit_jax.models.summary import format_summary, summarize
@@ -28,6 +30,26 @@ def test_multiply_adds_are_the_published_ones(name, size, layers, tokens, width,
     assert (flops / 2 + normalisation) / 1e9 == pytest.approx(published, abs=0.006)
 
 
+@pytest.mark.parametrize("options", [
+    dict(), dict(num_layers=1), dict(classifier="gap"), dict(position_embedding="relative"),
+    dict(register_tokens=3, representation_size=7), dict(num_classes=0),
+], ids=str)
+def test_needed_flops_are_those_of_the_program(options):
+    model = tiny(**options)
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    products = named(equations(lambda params, images: model.apply(
+        {"params": params}, images, train=False), abstract_params(model, 8, 8), images),
+        "dot_general")
+    expected = 0
+    for product in products:
+        (axes, _), _ = product.params["dimension_numbers"]
+        terms = math.prod(product.invars[0].aval.shape[axis] for axis in axes)
+        expected += 2 * terms * product.outvars[0].aval.size
+    summary = summarize(model, (8, 8))
+    assert summary.needed_flops == expected
+    assert (expected < summary.flops) == (model.classifier == "token")
+
+
 def test_resnet50_has_its_usual_cost():
     summary = summarize(create_model("R50x1", num_classes=1000), (224, 224))
     assert summary.flops == 2 * 4_089_184_256
@@ -46,6 +68,7 @@ def test_every_product_of_a_block_is_counted():
     "options",
     [
         dict(scan_layers=True),
+        dict(scan_layers=True, scan_unroll=True),
         dict(remat="full"),
         dict(remat="dots", scan_layers=True),
         dict(attention_implementation="cudnn", dtype="bfloat16"),
@@ -56,6 +79,8 @@ def test_totals_do_not_depend_on_how_it_is_run(options):
     plain = summarize(tiny(), (8, 8))
     other = summarize(tiny(**options), (8, 8))
     assert (other.parameters, other.flops) == (plain.parameters, plain.flops)
+    loop = options.get("scan_layers") and not options.get("scan_unroll")
+    assert other.needed_flops == (plain.flops if loop else plain.needed_flops)
     by_path = {row.path: row for row in other.rows}
     for row in plain.rows:
         if "encoderblock" not in row.path:

@@ -44,7 +44,8 @@ def test_cublas_adds_biases_and_computes_gelu(hopper, variant, batch, scan):
     assert found["BIAS_GELU_AUX"] == layers
     # The last block, where it is no part of a loop, has one query: it needs no kernel, and what
     # sums the query's products with the keys adds the biases of both.
-    assert found["BIAS"] == layers * PRODUCTS_WITH_BIAS + 2 - (0 if scan else 2)  # patches and head
+    patches_and_head, in_sums = 2, 0 if scan else 2
+    assert found["BIAS"] == layers * PRODUCTS_WITH_BIAS + patches_and_head - in_sums
     assert program.count('custom_call_target="__cudnn$fmha') == (2 if scan else 2 * (LAYERS - 1))
 
 

@@ -105,6 +105,14 @@ def test_fused_attention_holds_no_weights():
     assert plain - fused == 8 * 4 * 17 * 17 * 2
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(model__remat="full"), SCAN], ids=str)
+def test_a_single_block(settings):
+    """Without a loop there is none that is like another, and yet something to keep."""
+    memory = planned(configure(**(SMALL | dict(model__num_layers=1)), **settings))
+    assert memory.kept > 0
+    assert (memory.working > 0) == bool(settings)
+
+
 def test_total_against_the_compiler():
     """A CPU's compiler, which fuses less than the plan assumes, is the only one everywhere; slow
     tests (test_memory_compilers.py) ask a GPU's, and about other meshes and policies. 10 % either

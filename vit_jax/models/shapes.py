@@ -11,7 +11,8 @@ from vit_jax.models.scan import stack_blocks
 
 
 def params_shapes(model: nn.Module, image_size: tuple[int, int], channels: int = 3) -> Any:
-    """The model's parameter tree, of `jax.ShapeDtypeStruct`, for images of (height, width).
+    """The model's parameter tree, of `jax.ShapeDtypeStruct`, for images of (height, width). It is
+    the same object for all who ask, and not to be changed.
 
     Raises:
       ValueError: the model cannot take such images, or its sizes contradict each other.

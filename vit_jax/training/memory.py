@@ -185,10 +185,10 @@ class Planner:
 
         working = 0
         if loop or remat != "none":
-            block = self._residuals("none", loop).block_fused
+            block = self._residuals("none", True).block_fused
             working += self._sum(block, images, mesh)
             # And the gradient of the largest of them.
-            working += max((self._sum([array], images, mesh) for array in block), default=0)
+            working += max(self._sum([array], images, mesh) for array in block)
         if mesh.shape["fsdp"] > 1:
             working += self._block_bytes // mesh.shape["tensor"]
         return total, working
