@@ -129,8 +129,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 def _attend_forward(query, key, value):
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, H, N, d]
+    query *= _scale(query)
     logits = einsum_float32("bhqd,bhkd->bhqk", query, key)
-    weights = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) * _scale(query))
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(query.dtype)
     heads = einsum_float32("bhqk,bhkd->bhqd", weights, value) / total
@@ -149,7 +150,7 @@ def _attend_backward(residuals, cotangent):
     d_weights = einsum_float32("bhqd,bhkd->bhqk", cotangent, value) - mean
     d_logits = (weights * d_weights).astype(query.dtype)
     d_query = einsum_float32("bhqk,bhkd->bhqd", d_logits, key) * _scale(query)
-    d_key = einsum_float32("bhqk,bhqd->bhkd", d_logits, query) * _scale(query)
+    d_key = einsum_float32("bhqk,bhqd->bhkd", d_logits, query)
     d_value = jnp.einsum("bhqk,bhqd->bhkd", weights, cotangent)
     return tuple(x.astype(query.dtype).swapaxes(1, 2) for x in (d_query, d_key, d_value))
 
