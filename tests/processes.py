@@ -37,6 +37,15 @@ def start(count, *arguments, devices, environment=None):
     return processes
 
 
+def rehearse(count, *arguments, devices, logs):
+    """The same through launch/processes.sh, to the end: what subprocess.run returns."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        [ROOT / "launch" / "processes.sh", str(count), *map(str, arguments)], cwd=ROOT,
+        env=os.environ | {"PATH": path, "DEVICES": str(devices), "LOGS": str(logs)},
+        capture_output=True, text=True, timeout=240)
+
+
 def finish(processes, timeout=240):
     """[(exit code, stdout, stderr)] of all of them, which must end within `timeout` seconds."""
     deadline = time.monotonic() + timeout

@@ -174,6 +174,7 @@ def test_text_that_is_no_such_value(key, text, message):
     ("model.dropout_rate", 1.0, "config.model.dropout_rate=1.0 must be at least 0 and at most 0.9"),
     ("data.crop_area", (0.0, 1.0), "config.data.crop_area=0.0 must be at least 1e-06 and at most"),
     ("data.image_size", (0, 8), "config.data.image_size=0 must be at least 1."),
+    ("total_steps", 2**31, "config.total_steps=2147483648 must be at least 1 and at most 21"),
     ("mesh.data", -2, "config.mesh.data=-2 must be at least -1."),
     ("model", {}, "config.model is a section; set one of its keys: model.variant, "),
 ])
@@ -258,6 +259,10 @@ def test_a_recipe_may_replace_a_section():
     (dict(epochs=3), "Give one of config.total_steps and config.epochs; both are set."),
     (dict(batch_size=10, accumulation_steps=4),
      "config.batch_size=10 is not divisible by config.accumulation_steps=4."),
+    (dict(task="masked_patches", loss__name="sigmoid"), "config.loss.name=sigmoid is for classes"),
+    (dict(task="masked_patches", model__representation_size=8),
+     "config.model.representation_size=8 is for classes, which config.task='masked_patches' has "
+     "not; leave it at None."),
     (dict(optimizer__name="adam", optimizer__weight_decay=0.1), "config.optimizer.name='adam' has"),
     (dict(optimizer__clip_norm=0), "config.optimizer.clip_norm=0 would"),
     (dict(parallelism="pmap", mesh__fsdp=2), "config.parallelism='pmap' is data parallel only"),

@@ -17,13 +17,14 @@ import vit_jax
 from vit_jax.checkpoints.adapt import expected_shapes
 from vit_jax.config import base_config
 from vit_jax.data.decode import decode_image
+from vit_jax.data.imagenet import class_names
 from vit_jax.data.pipeline import eval_crop
 from vit_jax.data.sources import open_eval
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate_checkpoint
 from vit_jax.images import Unreadable
 from vit_jax.main import main as train
-from vit_jax.predict import imagenet_classes, main, predict
+from vit_jax.predict import main, predict
 from vit_jax.training.workdir import read_config
 
 
@@ -229,19 +230,10 @@ def test_imagenet_names_where_there_are_none(tmp_path, photos, capsys):
     path = google_file(tmp_path / "a.npz", vit_jax.create_model("B/16", num_classes=1000, **TINY))
     entries = predicted(capsys, f"--checkpoint={path}", photos)
     for prediction in entries[0]["predictions"]:
-        assert prediction["class"] == imagenet_classes()[prediction["index"]]
+        assert prediction["class"] == class_names()[prediction["index"]]
     path = google_file(tmp_path / "a.npz", vit_jax.create_model("B/16", num_classes=999, **TINY))
     entries = predicted(capsys, f"--checkpoint={path}", photos)
     assert entries[0]["predictions"][0]["class"] == str(entries[0]["predictions"][0]["index"])
-
-
-def test_imagenet_classes():
-    names = imagenet_classes()
-    assert len(names) == len(set(names)) == 1000
-    assert {index: names[index] for index in (0, 1, 207, 281, 404, 988, 999)} == {
-        0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 404: "airliner",
-        988: "acorn", 999: "toilet tissue"}
-    assert all(name == name.strip() and name for name in names)
 
 
 def test_features_of_a_model_without_a_head(tmp_path, photos, capsys):

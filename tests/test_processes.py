@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from processes import finish, free_port, start, wait_for_step
+from processes import finish, free_port, rehearse, start, wait_for_step
 
+from vit_jax.main import main
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.metrics import read_metrics
 
@@ -32,11 +33,14 @@ def final_state(workdir):
 
 
 def test_two_processes_stopped_and_killed_end_with_the_same_bits(tmp_path):
+    """As those that launch/processes.sh started and nothing disturbed."""
     undisturbed = tmp_path / "undisturbed"
-    ends = finish(start(2, *RANDOM, f"--workdir={undisturbed}", devices=1))
-    assert [code for code, _, _ in ends] == [0, 0], ends
-    assert "eval/accuracy" in ends[0][1]
-    assert "eval/accuracy" not in ends[1][1]  # one voice
+    done = rehearse(2, *RANDOM, f"--workdir={undisturbed}", devices=1, logs=tmp_path / "logs")
+    assert done.returncode == 0, done.stderr
+    assert f"2 processes of 1 devices; logs of all but the first in {tmp_path}/logs" in done.stderr
+    assert "Devices   2 cpu (2 process" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("eval/accuracy=")
+    assert "eval/accuracy" not in (tmp_path / "logs" / "1.log").read_text()  # one voice
 
     workdir, rng = tmp_path / "disturbed", random.Random()
     command = [*RANDOM, f"--workdir={workdir}"]
@@ -78,23 +82,29 @@ def slurm(job):
 
 
 @pytest.mark.parametrize("then", [(1,), pytest.param((4, 1), marks=pytest.mark.slow)])
-def test_resumed_by_another_number_of_processes(tmp_path, then):
-    """Two processes (found through SLURM's variables), then others: the losses are those of one
-    process throughout, so every image was seen at its step."""
+def test_resumed_by_another_number_of_processes(tmp_path, capsys, then):
+    """Two processes (found through SLURM's variables) with four devices, then others, and this one
+    with eight: the losses are those of one process throughout, so every image was seen at its
+    step."""
     last = 4 + 4 * len(then)
     command = [TINY, f"--config.total_steps={last}", "--config.checkpoint_every=4",
                "--config.eval_every=0", "--config.data.train_crop=inception"]  # fmt: skip
-    one = tmp_path / "one"
-    assert finish(start(1, *command, f"--workdir={one}", devices=4))[0][0] == 0
+    one, workdir = tmp_path / "one", tmp_path / "changing"
+    main([*command, f"--workdir={one}"])
 
-    workdir = tmp_path / "changing"
     job = str(free_port())  # JAX derives the port from it
     for i, count in enumerate((2, *then)):
-        ends = finish(start(
-            count, *command, f"--workdir={workdir}", f"--config.total_steps={4 + 4 * i}",
-            devices=4 // count, environment=None if i else slurm(job)))
-        assert [code for code, _, _ in ends] == [0] * count, ends
-        assert f"({count} process" in ends[0][1]
+        part = [*command, f"--workdir={workdir}", f"--config.total_steps={4 + 4 * i}"]
+        if count == 1:
+            capsys.readouterr()
+            main(part)
+            out = capsys.readouterr().out
+        else:
+            ends = finish(start(
+                count, *part, devices=4 // count, environment=None if i else slurm(job)))
+            assert [code for code, _, _ in ends] == [0] * count, ends
+            out = ends[0][1]
+        assert f"({count} process" in out
     assert list(losses(workdir)) == list(range(1, last + 1))
     np.testing.assert_allclose(
         list(losses(workdir).values()), list(losses(one).values()), rtol=1e-5)

@@ -10,6 +10,7 @@ def make_tiny_config() -> ml_collections.ConfigDict:
     config = base_config()
     config.total_steps = 6
     config.batch_size = 16
+    config.eval_batch_size = 128
     config.log_every = 1
     config.eval_every = 3
     config.checkpoint_every = 2

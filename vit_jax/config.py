@@ -220,6 +220,12 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             if config.data[key]:
                 raise UserError(f"config.data.{key}={config.data[key]} changes the colours that "
                                 "config.task='masked_patches' predicts; set it to 0.")
+        for key in ("loss.name", "loss.label_smoothing", "model.representation_size",
+                    "model.head_bias_init"):
+            section, name = key.split(".")
+            if config[section][name] != (default := FIELDS[key].default):
+                raise UserError(f"config.{key}={config[section][name]} is for classes, which "
+                                f"config.task='masked_patches' has not; leave it at {default}.")
     if config.model.scan_unroll and not config.model.scan_layers:
         raise UserError("config.model.scan_unroll=true is for config.model.scan_layers=true; set "
                         "that too.")

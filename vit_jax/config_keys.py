@@ -30,6 +30,9 @@ class Field:
     length: int | None = None
 
 
+_MAX_STEPS = 2**31 - 1  # schedules count in int32
+
+
 def _model(type_, help_, **kwargs):
     """A model override: None keeps the variant's value."""
     return Field(None, type_, help_, optional=True, **kwargs)
@@ -42,7 +45,7 @@ FIELDS: dict[str, Field] = {
                   "masked patches look like (self-supervision, the paper's appendix B.1.2)",
                   choices=("classification", "masked_patches")),
     "total_steps": Field(None, int, "optimizer updates; give this or epochs", optional=True,
-                         minimum=1),
+                         minimum=1, maximum=_MAX_STEPS),
     "epochs": Field(None, float, "passes over the training data; give this or total_steps",
                     optional=True, minimum=0),
     "batch_size": Field(512, int, "images per update, over all devices and processes", minimum=1),
@@ -204,13 +207,14 @@ FIELDS: dict[str, Field] = {
     #
     "schedule.name": Field("cosine", str, "decay after the warmup",
                            choices=("cosine", "linear", "rsqrt", "constant")),
-    "schedule.warmup_steps": Field(0, int, "updates of linear growth from 0", minimum=0),
+    "schedule.warmup_steps": Field(0, int, "updates of linear growth from 0", minimum=0,
+                                   maximum=_MAX_STEPS),
     "schedule.end_value": Field(0.0, float, "learning rate that cosine and linear end at",
                                 minimum=0),
     "schedule.timescale": Field(10_000, int, "of rsqrt: rate / sqrt(1 + steps / timescale)",
                                 minimum=1),
     "schedule.cooldown_steps": Field(0, int, "last updates, over which the rate falls linearly to "
-                                     "0 (rsqrt and constant)", minimum=0),
+                                     "0 (rsqrt and constant)", minimum=0, maximum=_MAX_STEPS),
 }
 
 # What a run may be resumed with although its workdir was started otherwise: nothing here changes

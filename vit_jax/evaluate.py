@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from vit_jax import config as config_lib
 from vit_jax.checkpoints.adapt import first_difference
 from vit_jax.checkpoints.load import fit, read
+from vit_jax.data.imagenet import same_classes
 from vit_jax.data.pipeline import BadImages
 from vit_jax.data.sources import Source, open_eval
 from vit_jax.errors import UserError
@@ -134,7 +135,8 @@ def evaluate_checkpoint(
 
     Args:
       config: read are data, eval_batch_size, dtype, mesh, loss, init_position_resize,
-        model.num_heads (for a file that does not tell), and what `group_blocks` reads.
+        model.num_heads, model.activation and, where it has no parameters, model.position_embedding
+        (for a file that does not tell), and what `group_blocks` reads.
       path: a run's workdir, or anything that `load_model` reads.
       which: 'last' or 'best' checkpoint of a workdir.
       ema: its averaged weights.
@@ -153,15 +155,15 @@ def evaluate_checkpoint(
         config.data.source, dir=config.data.dir, eval_split=config.data.eval_split,
         image_size=size)
     known, names = contents.class_names or source.class_names, source.class_names
-    if known != names or contents.fields["num_classes"] != len(names):
+    if not same_classes(known, names) or contents.fields["num_classes"] != len(names):
         as_many = contents.fields["num_classes"] == len(known) == len(names)
         difference = first_difference(known, names) if as_many else (
             f"{len(names)} against {contents.fields['num_classes']}")
         raise UserError(
             f"{source.name} has other classes than {contents.report.source}: {difference}.")
     mesh = partition.make_mesh(config)
-    model = group_blocks(
-        contents.module(**(contents.fields | {"dtype": jnp.dtype(config.dtype)})), config, mesh)
+    fields = contents.fields | {"dtype": jnp.dtype(config.dtype)} | _told(config, contents.fields)
+    model = group_blocks(contents.module(**fields), config, mesh)
     params = jax.device_put(fit(contents, model, size, config), partition.replicated(mesh))
     bad_images = BadImages(config.data.on_bad_image)
     pixels = pixel_statistics(config, contents.preprocessing)
@@ -172,6 +174,14 @@ def evaluate_checkpoint(
     if bad_images.count:
         print(f"{bad_images.count} images could not be decoded and were skipped.")
     return evaluation
+
+
+def _told(config, fields):
+    """What the config says of a model whose tensors cannot show it."""
+    keys = ["activation"] if "activation" in fields else []
+    if fields.get("position_embedding") in ("none", "sincos_2d"):
+        keys.append("position_embedding")
+    return {key: config.model[key] for key in keys if config.model[key] is not None}
 
 
 def pixel_statistics(config: ml_collections.ConfigDict, told: dict[str, Any]) -> Pixels:

@@ -1,6 +1,7 @@
 """Train or evaluate: python -m vit_jax.main --config=FILE.py[:ARGS] --workdir=DIR
 [--config.key=value ...]"""
 
+import os
 import re
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
     several.add_argument("--process_id", metavar="I", type=int, help="this process, from 0")
     flags = parser.parse(rest)
     # A relative path given here must mean the same after the config file ran.
-    workdir = flags.workdir and flags.workdir.expanduser().absolute()
+    workdir = flags.workdir and Path(os.path.expanduser(flags.workdir)).absolute()
     if workdir is None and (flags.mode == "train" or "init" not in overrides):
         raise UserError("--workdir=DIR is missing" + (
             "." if flags.mode == "train" else ", or --config.init=CHECKPOINT instead of it."))

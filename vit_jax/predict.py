@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from vit_jax import cli
 from vit_jax.checkpoints.load import Loaded, load_model
+from vit_jax.data import imagenet
 from vit_jax.data.folder import EXTENSIONS
 from vit_jax.errors import UserError
 from vit_jax.images import Unreadable, batches_of, find_images
@@ -136,15 +136,9 @@ def predict(
 def class_names(loaded: Loaded) -> list[str] | None:
     """The checkpoint's; ImageNet's where it has 1000 classes and no names."""
     if loaded.metadata["class_names"] is None and loaded.model.num_classes == 1000:
-        return imagenet_classes()
+        return list(imagenet.class_names())
     names = loaded.metadata["class_names"]
     return None if names is None else list(names)
-
-
-def imagenet_classes() -> list[str]:
-    """The 1000 classes of ILSVRC 2012; their source is told in the file."""
-    text = resources.files("vit_jax.data").joinpath("imagenet_classes.txt").read_text("utf-8")
-    return [line for line in text.splitlines() if not line.startswith("#")]
 
 
 def _rows(prediction: Prediction, names) -> list[dict[str, Any]]:

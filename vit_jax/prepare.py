@@ -71,7 +71,8 @@ def main(arguments: list[str]) -> None:
     print(f"Listing {flags.source} ...", flush=True)
     source = open_input(flags.source)
     preparation = Preparation(
-        source, Path(flags.out).expanduser().absolute(), data_set_name(source, flags.name),
+        source, Path(os.path.abspath(os.path.expanduser(flags.out))),
+        data_set_name(source, flags.name),
         Options(flags.resize, flags.quality, flags.records_per_file))
     _check_apart(source, preparation.folder)
     if source.left_out:

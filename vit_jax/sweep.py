@@ -1,6 +1,7 @@
 """Train a grid of runs and compare them: python -m vit_jax.sweep --config=FILE.py[:ARGS]
 --workdir=DIR [--config.key=value ...]"""
 
+import os
 import sys
 from pathlib import Path
 from signal import SIGTERM
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> None:
     if flags.seeds < 1:
         raise UserError(f"--seeds={flags.seeds} must be at least 1.")
     part, parts = cli.parse_shard(flags.shard)
-    workdir = flags.workdir.expanduser().absolute()
+    workdir = Path(os.path.abspath(os.path.expanduser(flags.workdir)))
     sweep, runs = load(flags.config, overrides, flags.seeds)
     # The devices are for the runs: a GPU that this process had taken would be missing there.
     jax.config.update("jax_platforms", "cpu")

@@ -75,7 +75,8 @@ def _train(config, workdir, stop, held):
     pixels = pixel_statistics(config, told)
     plain = build_model(config, len(classes), size, fields)
     model = group_blocks(plain, config, mesh)
-    start_params = fit(start, model, size, config, classes) if start else None
+    reset = config.init_head == "reset"
+    start_params = fit(start, model, size, config, classes, reset) if start else None
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule, params_shapes(model, size))
     ema = config.ema_decay is not None
@@ -208,6 +209,12 @@ def _train(config, workdir, stop, held):
                 saved_step = step
                 best = scalars[BEST] if is_best else best
         checkpoints.wait()
+        if evaluation is None:  # no step was left
+            evaluation = evaluate(state.params)
+            averaged = evaluate(state.ema_params) if state.ema_params else None
+            if not log.has(first_step, BEST):  # nor had the last one been evaluated
+                log.write(first_step, evaluation.scalars()
+                          | (averaged.scalars("eval_ema") if averaged else {}))
     finally:
         profile.close()
         progress.close()
@@ -216,7 +223,6 @@ def _train(config, workdir, stop, held):
         checkpoints.close()
 
     # The report.
-    evaluation = evaluation or evaluate(state.params)  # a run that had ended already
     if skipped := distributed.total(bad_images.count):
         print(f"{skipped} images could not be decoded and were skipped.")
     if distributed.is_main():

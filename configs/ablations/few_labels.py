@@ -7,9 +7,9 @@
 
 pretrains B/16 on ImageNet's images alone, then trains it on 1, 10 and 99% of them with labels, once
 from these weights and once from random ones, otherwise alike: 30,000 steps with the settings of
-configs/pretrain_paper.py:B/16-i1k-300ep. The argument is SIZE,WORKDIR of the pretraining. Not run
-here. Published (arXiv 2010.11929, section 4.6), with JFT's images and all labels: 79.9%, 2% more
-than from scratch.
+configs/pretrain_paper.py:B/16-i1k-300ep, but for its representation layer. The argument is
+SIZE,WORKDIR of the pretraining. Not run here. Published (arXiv 2010.11929, section 4.6), with JFT's
+images and all labels: 79.9%, 2% more than from scratch.
 
 The small size has 250, 1,000 and 4,000 labels of CIFAR-10 and the model of configs/cifar10.py:cpu;
 docs/masked_patches.md has what it gave:
@@ -20,6 +20,7 @@ docs/masked_patches.md has what it gave:
         --workdir=runs/few_labels_cpu --seeds=2 --config.data.dir=DIRECTORY_OF_TFDS_DATASETS
 """
 
+import os
 from pathlib import Path
 
 from vit_jax.cli import load_config
@@ -43,6 +44,7 @@ def get_config(argument: str = ""):
     config = load_config(
         f"{CONFIGS}/" + ("cifar10.py:cpu" if size == "cpu" else "pretrain_paper.py:B/16-i1k-300ep"))
     config.epochs = None
+    config.model.representation_size = None  # which masked pretraining does not have
     config.total_steps = 30_000
     if size == "cpu":
         config.total_steps = 300
@@ -57,7 +59,7 @@ def get_sweep(argument: str = ""):
     size, pretrained = _split(argument)
     shares = {250: "0.5%", 1000: "2%", 4000: "8%"} if size == "cpu" else {
         12_812: "1%", 128_117: "10%", 1_268_355: "99%"}
-    pretrained = str(Path(pretrained).expanduser().absolute())
+    pretrained = os.path.abspath(os.path.expanduser(pretrained))
     starts = {"from scratch": {}, "masked patch prediction": {"init": pretrained}}
     return Sweep(
         title="Masked patch prediction and few labels",

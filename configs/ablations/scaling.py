@@ -59,6 +59,7 @@ def get_config(argument: str = "B/32-i1k-300ep"):
         config.probes.every = 25_000
         config.probes.shots = (5,)
         config.probes.source = "tfds:imagenet2012"
+        config.model.representation_size = FULL.hidden_size
     base = SMALL if argument == "cpu" else FULL
     config.model.num_layers = base.num_layers
     config.model.hidden_size = base.hidden_size
@@ -73,7 +74,8 @@ def get_sweep(argument: str = ""):
 
     def width(factor):
         size = factor * base.hidden_size
-        return {"model.hidden_size": size, "model.num_heads": size // base.head_dim}
+        wide = {"model.hidden_size": size, "model.num_heads": size // base.head_dim}
+        return wide if base is SMALL else wide | {"model.representation_size": size}
 
     return Sweep(
         title="Depth, width, MLP and patches (Figure 8)",

@@ -150,20 +150,6 @@ def test_local_takes_a_preset(stand_in, tmp_path):
 
 # ---- Rehearsal of several hosts ------------------------------------------------------------------
 
-def test_rehearsal_for_real(tmp_path):
-    """To the end of a run. What TERM and KILL do to several real processes is tested in
-    tests/test_processes.py, and with stand-ins for them below."""
-    done = run(LAUNCH / "processes.sh", "2", TINY, f"--workdir={tmp_path / 'run'}",
-               "--config.total_steps=2", "--config.model.num_layers=1",
-               "--config.eval_every=0", "--config.checkpoint_every=0", timeout=240,
-               env=environment(DEVICES="2", LOGS=str(tmp_path / "logs")))
-    assert done.returncode == 0, done.stderr
-    assert f"2 processes of 2 devices; logs of all but the first in {tmp_path}/logs" in done.stderr
-    assert "Devices   4 cpu (2 process" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("eval/accuracy=")
-    assert "eval/accuracy" not in (tmp_path / "logs" / "1.log").read_text()  # one voice
-
-
 @pytest.fixture
 def rehearse(stand_in, tmp_path):
     """Starts a rehearsal in which process I lives as `lives[I]` says, and waits until all do."""

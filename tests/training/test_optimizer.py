@@ -276,11 +276,12 @@ def test_layer_decay_counts_frozen_blocks(frozen, stacked):
     blocks = {"encoderblock": {"kernel": jnp.ones((2, 3))}} if stacked else {
         f"encoderblock_{i}": {"kernel": jnp.ones(3)} for i in range(2)}
     params = {"embedding": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.ones(3)},
-              "Transformer": blocks}
+              "patch_head": {"kernel": jnp.ones(3)}, "Transformer": blocks}
     config = configure(optimizer_name="sgd", optimizer_layer_decay=0.5, optimizer_frozen=frozen,
                        optimizer_momentum=0.0, optimizer_clip_norm=None)
     optimizer = make_optimizer(config, make_schedule(config, 10), params)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params),
                                   params)
     np.testing.assert_allclose(updates["embedding"]["kernel"], -0.03 * 0.5**3, rtol=1e-6)
-    np.testing.assert_allclose(updates["head"]["kernel"], -0.03, rtol=1e-6)
+    for head in ("head", "patch_head"):
+        np.testing.assert_allclose(updates[head]["kernel"], -0.03, rtol=1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 from vit_jax.checkpoints import resize
 from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.report import LoadReport
+from vit_jax.data.imagenet import same_classes
 from vit_jax.errors import UserError
 from vit_jax.models.shapes import params_shapes
 
@@ -126,7 +127,7 @@ def _fit_head(params, wanted, model, why, class_names, report):
         why = "the file has no head"
     elif have.shape[-1] != wanted[names[0]][-1]:
         why = f"{have.shape[-1]} classes in the file, {wanted[names[0]][-1]} in the model"
-    elif why is None and class_names and class_names[0] != class_names[1]:
+    elif why is None and class_names and not same_classes(*class_names):
         theirs, ours = class_names
         if sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours):
             order = [theirs.index(name) for name in ours]

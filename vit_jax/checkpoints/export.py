@@ -158,7 +158,7 @@ def export_model(
                     if p in params).shape[2]
     targets.check(target, model, size, channels, match_eps=match_eps, dtype=dtype,
                   allow_gelu_change=allow_gelu_change)
-    out = Path(os.path.realpath(Path(out).expanduser()))
+    out = Path(os.path.realpath(os.path.expanduser(out)))
     output.check_out(out, target, overwrite)
     if images and channels != 3:
         raise UserError(f"--images are read with 3 channels, and this model takes {channels}.")

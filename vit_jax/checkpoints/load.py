@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import operator
+import os
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,11 @@ def _layout(params, model):
 
 def fit(
     contents: Contents, model: nn.Module, size: tuple[int, int], config,
-    class_names: tuple[str, ...] | None = None,
+    class_names: tuple[str, ...] | None = None, reset_head: bool = False,
 ) -> dict[str, Any]:
-    """The parameters of a run's model for images of (height, width), from the checkpoint that
-    `config.init` names; with blocks stacked if the model scans them. The head is kept if it is of
-    the same classes, by their names where the checkpoint has some and `class_names` are given.
+    """The parameters of a run's model for images of (height, width), from a checkpoint; with blocks
+    stacked if the model scans them. The head is kept if it is of the same classes, by their names
+    where the checkpoint has some and `class_names` are given, unless `reset_head`.
 
     Raises:
       UserError: the checkpoint does not fit the model.
@@ -187,7 +188,7 @@ def fit(
     known = class_names and contents.class_names
     params = adapt(
         contents.params, model, size, old_grid=contents.grid, report=contents.report,
-        position_resize=config.init_position_resize, reset_head=config.init_head == "reset",
+        position_resize=config.init_position_resize, reset_head=reset_head,
         class_names=known and (known, tuple(class_names)))
     return _layout(nest(params), model)
 
@@ -208,7 +209,7 @@ def read(
                 f"{path} is {remote.file_name} ({remote.reason})")
         return contents
     refuse_bucket("checkpoint", str(path))
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
         return _read_workdir(path, checkpoint, ema)
     file = files.read_tensors(path)
@@ -239,7 +240,7 @@ def load_masked_model(path: str | Path, *, checkpoint: str = "last", ema: bool =
     Raises:
       UserError: no such workdir.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not the workdir of a run; masked predictions need one with "
                         "config.task='masked_patches'.")
@@ -259,7 +260,9 @@ def _restore_workdir(path, which, ema):
     with contextlib.closing(Checkpoints(path / "checkpoints", writable=False)) as checkpoints:
         step = checkpoints.best_step if which == "best" else checkpoints.last_step
         if step is None:
-            raise UserError(f"{path / 'checkpoints'} holds no complete checkpoint.")
+            none = "complete checkpoint" if checkpoints.last_step is None else (
+                "checkpoint that was evaluated; take the last")
+            raise UserError(f"{path / 'checkpoints'} holds no {none}.")
         meta = checkpoints.meta(step)
         weights = checkpoints.restore_arrays(step).get("ema_params" if ema else "params")
     if not weights:

@@ -56,6 +56,11 @@ class MetricsLog:
             wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values)))
         self._events.flush()
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a value of this name was written at this step; True where nothing is written."""
+        return not self._active or any(
+            entry["step"] == step and name in entry for entry in read_metrics(self._path))
+
     def close(self) -> None:
         """Closes both files."""
         if self._active:

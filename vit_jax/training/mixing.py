@@ -75,7 +75,8 @@ def draw(
 def mixed_images(
     batch: dict[str, Any], normalize: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Normalises, erases and mixes, in this order as timm's loader, what `draw` returned.
+    """Normalises, erases and mixes, in this order, what `draw` returned: an erased area is mixed as
+    the rest of its image, as in DeiT's script (timm's own loader erases what is mixed already).
 
     Args:
       batch: from `draw`, or some of its rows.

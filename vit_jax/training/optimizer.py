@@ -134,7 +134,7 @@ def _scale_by_layer(decay: float, blocks: int) -> optax.GradientTransformation:
 
     def scale(updates):
         def factor(name, leaf):
-            if re.match(r"(head|pre_logits|Transformer/encoder_norm)/", name):
+            if re.match(r"(head|patch_head|pre_logits|Transformer/encoder_norm)/", name):
                 return 1.0
             if match := re.search(r"encoderblock_(\d+)/", name):
                 return decay ** (blocks - int(match[1]))

@@ -4,11 +4,11 @@ import io
 import os
 import re
 import tarfile
-from importlib import resources
 
 import numpy as np
 import scipy.io
 
+from vit_jax.data.imagenet import class_names
 from vit_jax.data.preparing.tars import (
     Archive,
     Members,
@@ -49,14 +49,8 @@ def open_imagenet(folder: str) -> TarInput:
                             f"{len(known)} of {DEVKIT}; get the archive again.")
         wnids = known
         splits["validation"] = _validation(os.path.join(folder, VALIDATION), truth)
-    names = class_names() if len(wnids) == 1000 else wnids
+    names = list(class_names()) if len(wnids) == 1000 else wnids
     return TarInput(folder, "imagenet2012", names, splits)
-
-
-def class_names() -> list[str]:
-    """The 1000 classes in English; their source is told in the file."""
-    text = resources.files("vit_jax.data").joinpath("imagenet_classes.txt").read_text("utf-8")
-    return [line for line in text.splitlines() if not line.startswith("#")]
 
 
 def read_devkit(path: str) -> tuple[list[str], np.ndarray]:
