@@ -89,7 +89,7 @@ def test_json_of_an_older_version_gets_the_new_keys():
     ("total_steps", "2.0", 2),
     ("total_steps", "none", None),
     ("total_steps", " None ", None),
-    ("total_steps", "9007199254740993", 2**53 + 1),  # no detour over a float
+    ("schedule.timescale", "9007199254740993", 2**53 + 1),  # no detour over a float
     ("mesh.data", "-1", -1),
     ("optimizer.learning_rate", "1", 1.0),
     ("optimizer.learning_rate", "3e-4", 3e-4),
