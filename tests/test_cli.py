@@ -251,38 +251,38 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def command(cwd, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "vit_jax.main", *map(str, arguments)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300, env=environment)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_help_lists_every_key(tmp_path):
+def test_help_lists_every_key(monkeypatch, capsys):
     """absl's --help exits with 1."""
-    code, out, err = command(tmp_path, "--help")
-    assert (code, err) == (0, "")
+    monkeypatch.setattr(sys, "argv", ["main", "--help"])
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    out, err = capsys.readouterr()
+    assert (end.value.code, err) == (0, "")
     for flag in ("--config", "--workdir", "--mode", "--checkpoint"):
         assert flag in out
     assert all(f"--config.{key}=" in out for key in FIELDS)
 
 
 def test_a_mistake_as_a_process(tmp_path):
-    code, out, err = command(tmp_path, f"--config={TINY}", "--workdir=run", "--config.model.dept=3")
-    assert code == 1 and out == ""
-    assert err.startswith("error: Unknown config key 'model.dept'") and err.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_jax.main", f"--config={TINY}", "--workdir=run",
+         "--config.model.dept=3"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: Unknown config key 'model.dept'")
+    assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_with_blanks_in_its_paths(tmp_path):
+def test_a_run_with_blanks_in_its_paths(monkeypatch, tmp_path, capsys):
     """Overrides before --config, values as words of their own, and 1e0 for an integer."""
     recipe = tmp_path / "my recipes" / "tiny one.py"
     recipe.parent.mkdir()
     recipe.write_text(TINY.read_text())
-    code, out, err = command(
-        tmp_path, "--config.total_steps=2e0", "--config.model.num_layers", "1", "--config",
-        "my recipes/tiny one.py", "--workdir", "my run", "--config.data.flip")
-    assert code == 0, err
+    monkeypatch.chdir(tmp_path)
+    main(["--config.total_steps=2e0", "--config.model.num_layers", "1", "--config",
+          "my recipes/tiny one.py", "--workdir", "my run", "--config.data.flip"])
+    out = capsys.readouterr().out
     assert out.splitlines()[-1].startswith("eval/accuracy=")
     assert "2 steps of 16" in out
     assert (tmp_path / "my run" / "config.json").exists()

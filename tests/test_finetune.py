@@ -209,15 +209,15 @@ def test_recipe_arguments_that_cannot_be(argument):
         load_config(f"configs/finetune.py:{argument}")
 
 
-def test_it_goes_on_without_the_checkpoint_it_began_from(tmp_path, capsys):
-    source, run = tmp_path / "source", tmp_path / "run"
-    short = [TINY, "--config.eval_every=0", "--config.model.classifier=gap"]
-    main([*short, f"--workdir={source}", "--config.total_steps=1"])
-    command = [TINY, "--config.eval_every=0", f"--workdir={run}", f"--config.init={source}"]
+def test_it_goes_on_without_the_checkpoint_it_began_from(pretrained, tmp_path, capsys):
+    source, run = shutil.copytree(pretrained, tmp_path / "source"), tmp_path / "run"
+    command = [TINY, "--config.eval_every=0", f"--workdir={run}", f"--config.init={source}",
+               "--config.model.representation_size=12"]
     main([*command, "--config.total_steps=2"])
     shutil.rmtree(source)
     main([*command, "--config.total_steps=3"])
     assert "Continuing from step 2" in capsys.readouterr().out
     with pytest.raises(UserError, match="another config:\n  model.hidden_size: 16 -> 32"):
         main([*command, "--config.model.hidden_size=32"])
-    assert vit_jax.load_model(run).model.classifier == "gap"
+    model = vit_jax.load_model(run).model
+    assert model.activation == "gelu" and model.layer_scale == 0.1

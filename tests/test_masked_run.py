@@ -65,6 +65,7 @@ def test_it_learns_and_is_probed(pretrained):
                  id="scanned and sharded"),
 ])
 def test_resuming_equals_not_stopping(tmp_path, extra):
+    assert jax.device_count() == 8  # what sharding relies on
     arguments = [*MASKED, "--config.checkpoint_every=3", "--config.optimizer.name=sgd", *extra]
     run(tmp_path / "whole", *arguments, "--config.total_steps=6")
     run(tmp_path / "parts", *arguments, "--config.total_steps=3")
@@ -95,6 +96,8 @@ def test_fine_tuning(pretrained, tmp_path):
     assert after.keys() - before.keys() == {"head/kernel", "head/bias"}
     for name, tensor in before.items():
         np.testing.assert_array_equal(after[name], tensor)
+    with pytest.raises(UserError, match="was not trained with config.task='masked_patches'"):
+        load_masked_model(tmp_path)
 
 
 def test_the_commands(pretrained, tmp_path, capsys):
@@ -110,6 +113,11 @@ def test_the_commands(pretrained, tmp_path, capsys):
     with pytest.raises(UserError, match="corrupts none of 16 patches"):
         draw([f"--checkpoint={pretrained}", str(tmp_path / "0.png"), "--rate=0",
               f"--out={tmp_path / 'masked.png'}"])
+
+
+def test_a_workdir_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="is not the workdir of a run"):
+        load_masked_model(tmp_path / "no")
 
 
 def test_a_seed_that_jax_would_cut(tmp_path):
@@ -131,12 +139,3 @@ def test_mistakes(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", *MASKED, *arguments)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_a_workdir_of_something_else(tmp_path):
-    run(tmp_path, "--config.total_steps=1")
-    with pytest.raises(UserError, match="was not trained with config.task='masked_patches'"):
-        load_masked_model(tmp_path)
-    with pytest.raises(UserError, match="is not the workdir of a run"):
-        load_masked_model(tmp_path / "no")
-    assert jax.device_count() == 8  # what the sharded run above relies on

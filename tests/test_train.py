@@ -221,6 +221,7 @@ def test_what_may_change_on_resume(finished, tmp_path, capsys):
         main([TINY, f"--workdir={workdir}"])
 
 
+@pytest.mark.slow  # because tests/training/test_ema.py continues the same in one process
 def test_scanned_layers_resume_from_unstacked_checkpoints(tmp_path):
     scanned = ["--config.model.scan_layers=true", "--config.optimizer.name=adamw",
                "--config.optimizer.learning_rate=1e-3"]

@@ -94,11 +94,10 @@ def test_stochastic_depth_reaches_the_last_block():
     """With everything dropped there, what is left are the class tokens that entered it."""
     model = tiny(num_layers=2, stochastic_depth_rate=0.999999)
     params, images = random_params(model, 8, 8), pixels(2, 8, 8)
-    rngs = {"dropout": jax.random.key(0)}
-    dropped = model.apply({"params": params}, images, train=True, rngs=rngs)
+    dropped = apply(model, params, images, train=True)
     without = params | {"Transformer": {k: v for k, v in params["Transformer"].items()
                                         if k != "encoderblock_1"}}
-    one = tiny(num_layers=1).apply({"params": without}, images, train=False)
+    one = apply(tiny(num_layers=1), without, images)
     np.testing.assert_allclose(dropped, one, rtol=1e-5, atol=1e-5)
 
 

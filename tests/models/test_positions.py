@@ -1,5 +1,6 @@
 """Position embeddings: their formulas, and the places where they are added."""
 
+import functools
 import math
 
 import jax
@@ -82,6 +83,7 @@ def test_positions_of_every_layer(kind):
     np.testing.assert_allclose(
         apply(every, with_tables(table, zeros), images), apply(stem, params, images), atol=1e-5)
 
+    @jax.jit
     def tokens(params):
         _, state = every.apply({"params": params}, images, train=False, mutable=["intermediates"])
         inside = state["intermediates"]["Transformer"]
@@ -89,10 +91,9 @@ def test_positions_of_every_layer(kind):
 
     between, after = tokens(with_tables(zeros, table))
     positioned = AddPositionEmbs(kind).apply({"params": table}, between, grid=(2, 2))
-    second = Encoder1DBlock(mlp_dim=24, num_heads=2)
+    second = jax.jit(functools.partial(Encoder1DBlock(mlp_dim=24, num_heads=2).apply, train=False))
     weights = {"params": params["Transformer"]["encoderblock_1"]}
-    np.testing.assert_allclose(
-        second.apply(weights, positioned, train=False), after, atol=1e-5)
+    np.testing.assert_allclose(second(weights, positioned), after, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["learned_1d", "learned_2d", "sincos_2d"])

@@ -35,11 +35,12 @@ def assert_computes(model, params, images, logits, gradients):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def loop():
-    images = pixels()
-    params = random_params(tiny(), 8, 8)
-    return images, params, *loss_and_gradients(tiny(), params, images)
+@functools.cache
+def reference(**options):
+    """(images, params, logits, gradients) of a model with the blocks one by one."""
+    model, images = tiny(**options), pixels()
+    params = random_params(model, 8, 8)
+    return images, params, *loss_and_gradients(model, params, images)
 
 
 @pytest.mark.core
@@ -47,8 +48,8 @@ def loop():
     "scan_layers, remat",
     [(scan, remat) for scan in (False, True) for remat in ("none", "full", "dots", "names")][1:],
 )
-def test_layouts_and_remat_compute_the_same(scan_layers, remat, loop):
-    images, params, logits, gradients = loop
+def test_layouts_and_remat_compute_the_same(scan_layers, remat):
+    images, params, logits, gradients = reference()
     model = tiny(scan_layers=scan_layers, remat=remat)
     assert_computes(model, params, images, logits, gradients)
 
@@ -58,10 +59,7 @@ def test_layouts_and_remat_compute_the_same(scan_layers, remat, loop):
 def test_without_the_loop_it_computes_the_same(unroll, remat):
     """And remat computes a second time no less than without scan_layers, as it would if equal
     numbers could be found."""
-    images = pixels()
-    plain = tiny(num_layers=3)
-    params = random_params(plain, 8, 8)
-    logits, gradients = loss_and_gradients(plain, params, images)
+    images, params, logits, gradients = reference(num_layers=3)
     model = tiny(num_layers=3, scan_layers=True, scan_unroll=unroll, remat=remat)
     assert_computes(model, params, images, logits, gradients)
 
@@ -81,10 +79,7 @@ def test_without_the_loop_it_computes_the_same(unroll, remat):
 @pytest.mark.parametrize("place", ["every_layer", "every_layer_shared"])
 @pytest.mark.parametrize("scan_layers, remat", [(True, "none"), (False, "full"), (True, "names")])
 def test_positions_in_every_layer_are_the_same_in_all_layouts(place, scan_layers, remat):
-    images = pixels()
-    plain = tiny(position_embedding_at=place)
-    params = random_params(plain, 8, 8)
-    logits, gradients = loss_and_gradients(plain, params, images)
+    images, params, logits, gradients = reference(position_embedding_at=place)
     model = tiny(position_embedding_at=place, scan_layers=scan_layers, remat=remat)
     assert_computes(model, params, images, logits, gradients)
 

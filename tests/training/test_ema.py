@@ -71,9 +71,10 @@ def test_five_updates_from_given_weights(parallelism):
 
 
 def test_interrupted_and_continued(tmp_path, monkeypatch):
-    """Sharded parameters, stacked blocks: bit for bit as without the interruption. On disk the
-    blocks are unstacked."""
-    config = configure(mesh__fsdp=8, model__scan_layers=True, model__num_layers=2)
+    """Sharded parameters, stacked blocks, Adam's moments: bit for bit as without the interruption.
+    On disk the blocks are unstacked."""
+    config = configure(mesh__fsdp=8, model__scan_layers=True, model__num_layers=2,
+                       optimizer__name="adamw", optimizer__learning_rate=1e-3)
     step, state, shardings = compile_run(config)
     shapes = jax.eval_shape(lambda: state)
     start = jax.device_get(state.params)
@@ -84,9 +85,12 @@ def test_interrupted_and_continued(tmp_path, monkeypatch):
     more, _ = follow(step, middle, 3, 5)
     assert_averaged(start, states + more)
 
-    on_disk = checkpoints.restore_arrays(3)["ema_params"]
-    jax.tree.map(np.testing.assert_array_equal, on_disk, unstack_blocks(states[-1].ema_params))
-    assert "encoderblock_1" in on_disk["Transformer"]
+    on_disk, expected = checkpoints.restore_arrays(3), unstack_blocks(states[-1])
+    jax.tree.map(np.testing.assert_array_equal, on_disk["ema_params"], expected.ema_params)
+    for moments in zip(*map(jax.tree.leaves, (on_disk["opt_state"], expected.opt_state)),
+                       strict=True):
+        np.testing.assert_array_equal(*moments)
+    assert "encoderblock_1" in on_disk["ema_params"]["Transformer"]
     read, asked = checkpoints._restore_state, []
     monkeypatch.setattr(
         checkpoints, "_restore_state", lambda step, state: asked.append(state) or read(step, state))

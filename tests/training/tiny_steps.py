@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from vit_jax.config import validate
+from vit_jax.models.scan import stack_blocks
 from vit_jax.models.shapes import params_shapes
 from vit_jax.training import parallel, partition
 from vit_jax.training.optimizer import make_optimizer, make_schedule
@@ -37,14 +38,26 @@ def build(config):
         make_train_step, make_loss_sum(model, config), optimizer, schedule, config), init
 
 
-def compile_run(config, devices=8):
-    """(compiled step, initial state, its shardings) on the first `devices` devices."""
+def random_state(init):
+    """Without compiling `init`, and with no zeros among the parameters."""
+    rng = np.random.default_rng(0)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(init))
+    return zeros.replace(params=jax.tree.map(
+        lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), zeros.params))
+
+
+def compile_run(config, devices=8, state=None):
+    """(compiled step, initial state, its shardings) on the first `devices` devices. A given state
+    has unstacked blocks, and saves the time of compiling one."""
     config = validate(config)
     mesh = partition.make_mesh(config, jax.devices()[:devices])
     make_step, init = build(config)
     shardings, _ = partition.state_shardings(jax.eval_shape(init), mesh)
     step = parallel.compile_train_step(make_step, config, mesh, shardings)
-    return step, jax.jit(init, out_shardings=shardings)(), shardings
+    if state is None:
+        return step, jax.jit(init, out_shardings=shardings)(), shardings
+    state = stack_blocks(state) if config.model.scan_layers else state
+    return step, jax.device_put(state, shardings), shardings
 
 
 def follow(step, state, steps=4, invalid=()):
@@ -56,6 +69,6 @@ def follow(step, state, steps=4, invalid=()):
     return losses, jax.device_get(state)
 
 
-def run(config, devices=8, steps=4, invalid=()):
+def run(config, devices=8, steps=4, invalid=(), state=None):
     """The same for a config."""
-    return follow(*compile_run(config, devices)[:2], steps, invalid)
+    return follow(*compile_run(config, devices, state)[:2], steps, invalid)
