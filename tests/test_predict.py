@@ -165,8 +165,10 @@ def test_unreadable_images_are_left_out(workdir, photos, tmp_path, capsys):
         with np.load(features) as saved:
             assert saved["features"].shape == (5, 12)
     with pytest.raises(UserError, match="^1 of 1 images"):
-        main([f"--checkpoint={workdir}", str(tmp_path / "no.png"), "--format=json"])
+        main([f"--checkpoint={workdir}", str(tmp_path / "no.png"), "--format=json",
+              f"--features={tmp_path / 'none.npz'}"])
     assert json.loads(capsys.readouterr().out) == []
+    assert not (tmp_path / "none.npz").exists()
 
 
 def test_as_a_command(workdir, photos):
@@ -241,11 +243,11 @@ def test_features_of_a_model_without_a_head(tmp_path, photos, capsys):
     with pytest.raises(UserError, match="has no head, so it gives features, not classes; save th"):
         main([f"--checkpoint={path}", str(photos)])
     for form in ("table", "csv", "json"):
-        main([f"--checkpoint={path}", str(photos), f"--features={tmp_path / 'f'}",
+        main([f"--checkpoint={path}", str(photos), f"--features={tmp_path / 'f.npz'}",
               f"--format={form}"])
         out = capsys.readouterr().out
     assert [entry["predictions"] for entry in json.loads(out)] == [[]] * 5
-    with np.load(tmp_path / "f") as saved:
+    with np.load(tmp_path / "f.npz") as saved:
         assert saved["features"].shape == (5, 16)
 
 
@@ -267,6 +269,8 @@ def test_a_convolutional_baseline(tmp_path, photos, capsys):
     (["--checkpoint={run}", "{photos}", "--image_size=9"], "not divisible into patches"),
     (["--checkpoint={run}", "{photos}", "--format=xml"], "invalid choice: 'xml'"),
     (["--checkpoint={run}", "{photos}", "--features={tmp}/no/a.npz"], "{tmp}/no does not exist"),
+    (["--checkpoint={run}", "--features", "{photos}/a.png", "{photos}"],
+     "--features={photos}/a.png does not end in .npz; name the file to write"),
     (["--checkpoint={run}", "{photos}", "--tpo=3"], "did you mean --top?"),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_mistakes(workdir, photos, tmp_path, arguments, message):

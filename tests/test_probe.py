@@ -115,6 +115,7 @@ def test_a_file_and_a_folder_with_a_broken_image(tmp_path, capsys):
     (["--checkpoint={run}", "--data=digits", "--shots=5,0"], "--shots=5,0 must be numbers"),
     (["--checkpoint={run}", "--data=digits", "--shots=few"], "--shots=few must be numbers"),
     (["--checkpoint={run}", "--data=digits", "--batch_size=0"], "must be at least 1"),
+    (["--checkpoint={run}", "--data=digits", "--out={run}/a.npz"], "does not end in .json; name"),
     (["--checkpoint={run}", "--data=digits", "--out={run}/no/a.json"], "{run}/no does not exist"),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_mistakes(workdir, arguments, message):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 
@@ -194,12 +195,29 @@ def test_unreadable_images_are_left_out(workdir, photos, tmp_path, capsys):
         main([*arguments, str(broken)])
 
 
+def test_layers_are_compared_though_most_images_are_unreadable(
+        workdir, photos, tmp_path, monkeypatch):
+    """One of its four patches would be too few."""
+    monkeypatch.setattr("vit_jax.visualize._EXAMPLES", 5)
+    for index in range(5):
+        (tmp_path / f"{index}.jpg").write_bytes(b"broken")
+    with pytest.raises(UserError, match="^5 of 6 images could not be read.$"):
+        main([f"--checkpoint={workdir}", str(photos / "0.png"), str(tmp_path),
+              f"--out={tmp_path / 'out'}", "--what=similarity"])
+    check_folder(tmp_path / "out", ["similarity"])
+
+
 def test_names_do_not_break_the_page(workdir, photos, tmp_path, capsys):
     path = tmp_path / '<b>"$x_1$"& 猫.png'
     path.write_bytes((photos / "0.png").read_bytes())
     main([f"--checkpoint={workdir}", str(path), f"--out={tmp_path / 'out'}", "--what=rollout"])
     page = (tmp_path / "out" / "index.html").read_text("utf-8")
     assert "&lt;b&gt;&quot;$x_1$&quot;&amp; 猫.png" in page and "<b>" not in page
+    latin = os.fsencode(tmp_path) + b"/caf\xe9.png"  # no text at all
+    path.rename(os.fsdecode(latin))
+    main([f"--checkpoint={workdir}", os.fsdecode(latin), f"--out={tmp_path / 'out'}",
+          "--what=rollout"])
+    assert "caf?.png" in (tmp_path / "out" / "index.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("arguments, message", [

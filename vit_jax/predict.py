@@ -61,6 +61,9 @@ def main(arguments: list[str]) -> None:
     for flag in ("top", "batch_size"):
         if getattr(flags, flag) < 1:
             raise UserError(f"--{flag}={getattr(flags, flag)} must be at least 1.")
+    if flags.features and flags.features.suffix != ".npz":  # as of `--features photo.jpg ...`
+        raise UserError(f"--features={flags.features} does not end in .npz; name the file to write,"
+                        " as in --features=OUT.npz.")
     if flags.features and not flags.features.absolute().parent.is_dir():
         raise UserError(f"--features: the folder {flags.features.absolute().parent} does not exist;"
                         " create it first.")
@@ -86,7 +89,7 @@ def main(arguments: list[str]) -> None:
 
     write = {"table": write_table, "json": write_json, "csv": write_csv}[flags.format]
     write(results(), class_names(loaded), paths)
-    if flags.features:
+    if kept:
         save_features(flags.features, kept, loaded)
     unreadable.check(paths)
 
@@ -184,8 +187,7 @@ def write_csv(predictions: Iterator[Prediction], names, paths: list[str]) -> Non
 
 def save_features(path: Path, predictions: list[Prediction], loaded: Loaded) -> None:
     """`features` float32 [N, D] and `files` [N]; the file is whole or not there."""
-    features = np.stack([p.features for p in predictions]) if predictions else (
-        np.zeros((0, 0), np.float32))
+    features = np.stack([p.features for p in predictions])
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

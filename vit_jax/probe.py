@@ -54,6 +54,9 @@ def main(arguments: list[str]) -> None:
     shots = parse_shots(flags.shots)
     if flags.batch_size < 1:
         raise UserError(f"--batch_size={flags.batch_size} must be at least 1.")
+    if flags.out and flags.out.suffix != ".json":
+        raise UserError(f"--out={flags.out} does not end in .json; name the file to write, as in "
+                        "--out=FILE.json.")
     if flags.out and not flags.out.absolute().parent.is_dir():
         raise UserError(f"--out: the folder {flags.out.absolute().parent} does not exist; create "
                         "it first.")

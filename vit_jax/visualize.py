@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
     page = render(f"Inside {flags.checkpoint}", facts(loaded, view), sections,
                   {TITLES[name]: reason for name, reason in reasons.items()})
     with writing(flags.out):
-        (flags.out / "index.html").write_text(page, encoding="utf-8")
+        (flags.out / "index.html").write_text(page, encoding="utf-8", errors="replace")
     for name, reason in reasons.items():
         print(f"left out {name}: {reason}")
     print(f"{', '.join(wanted)}: {flags.out / 'index.html'}")
@@ -155,7 +155,8 @@ def look(loaded: Loaded, paths: list[str], unreadable: Unreadable) -> View:
     batch_size = max(1, min(32, _BATCH_BYTES // attention_bytes(model, size)))
     pixels = Pixels(preprocessing["mean"], preprocessing["std"])
     patches = math.prod(_grid(loaded))
-    chosen = min(patches, math.ceil(_EXAMPLES / len(paths)))
+    # Not fewer than four, with which layers can be compared: all other images may be unreadable.
+    chosen = min(patches, max(4, math.ceil(_EXAMPLES / len(paths))))
 
     @jax.jit
     def step(params, images, positions):
@@ -186,7 +187,7 @@ def look(loaded: Loaded, paths: list[str], unreadable: Unreadable) -> View:
         unreadable.check(paths)
     tokens = np.concatenate(rows.pop("tokens"), axis=1)
     count = tokens.shape[1]
-    if count > _EXAMPLES:  # `chosen` is rounded up, and at least 1
+    if count > _EXAMPLES:  # `chosen` is rounded up, and at least 4
         tokens = tokens[:, np.arange(_EXAMPLES) * count // _EXAMPLES]
     return View(files, np.stack(images), tokens=tokens,
                 **{name: np.stack(values) for name, values in rows.items()})

@@ -216,6 +216,19 @@ def test_npz_that_only_vit_jax_reads(tmp_path, fields):
     assert stored["target"] == "npz" and stored["preprocessing"]["mean"] == 0.5
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("kind", ["none", "sincos_2d"])
+@pytest.mark.parametrize("classifier", ["token", "gap"])
+def test_npz_of_positions_without_parameters(tmp_path, kind, classifier):
+    """As a table: without one, they could not be told apart."""
+    loaded = make(position_embedding=kind, classifier=classifier)
+    export_model(loaded, "npz", tmp_path / "out.npz", check=False)
+    back = load_model(tmp_path / "out.npz")
+    assert not any("position" in text for text in back.report.assumptions)
+    np.testing.assert_allclose(apply(back.model, back.params, pixels(2, 32, 32)),
+                               apply(loaded.model, loaded.params, pixels(2, 32, 32)), atol=1e-6)
+
+
 # What is written beside the weights.
 
 
@@ -270,6 +283,17 @@ def test_a_directory_and_its_account(tmp_path):
     assert "library_name: timm" in text and "`made up`" in text and "SKIPPED" in text
     assert str(tmp_path) not in text + json.dumps(stored)
     assert load_model(folder).metadata["class_names"] == names
+
+
+@pytest.mark.core
+def test_names_that_are_no_text(tmp_path):
+    """Folders and files named in Latin-1, as Python reads them."""
+    names = ("caf\udce9", "b", "c", "d", "Äpfel")
+    loaded = make(class_names=names)
+    loaded.report.source = "caf\udce9.npz"
+    export_model(loaded, "timm", tmp_path / "out", check=False)
+    assert load_model(tmp_path / "out").metadata["class_names"] == names
+    assert "`caf?.npz`" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 SQUASH = dict(crop="squash", mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4])

@@ -421,6 +421,17 @@ def test_torch_averaged_weights_come_first_and_prefixes_must_be_common(tmp_path,
     assert set(read_tensors(path).tensors) == {"backbone.a", "head.a"}
 
 
+def test_torch_averaged_model(tmp_path, torch):
+    """PyTorch's, in torchvision's training script, counts beside its module."""
+    module = torch.nn.Linear(2, 3)
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    torch.save({"model": module.state_dict(), "model_ema": averaged.state_dict()},
+               tmp_path / "a.pth")
+    file = read_tensors(tmp_path / "a.pth")
+    assert set(file.tensors) == {"weight", "bias"} and file.unwrapped == ("model_ema", "module.")
+    assert file.dropped == (("n_averaged", (), "of weight averaging"),)
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil was here",)

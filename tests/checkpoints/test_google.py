@@ -118,6 +118,33 @@ def test_other_models(tmp_path, options):
     account(loaded, path)
 
 
+def test_big_visions_plain_vits(tmp_path):
+    """Their sincos_2d has no parameters, so their files look as if they had no positions."""
+    model = tiny(classifier="gap", position_embedding="sincos_2d", representation_size=16)
+    params = random_params(model, 8, 8)
+    path = google_npz(tmp_path / "a.npz", params, prefix="params/")
+    loaded = vit_jax.load_model(path, image_size=8)
+    assert loaded.model == model
+    assert_same(loaded.params, params)
+    assert "position_embedding='sincos_2d', which has no" in loaded.report.assumptions[0]
+    assert "images of 224x224" in vit_jax.load_model(path).report.assumptions[0]
+    told = vit_jax.load_model(path, image_size=8, position_embedding="none")
+    assert told.model.position_embedding == "none"
+
+
+@pytest.mark.parametrize("variant, options", [
+    ("B/16", {}), ("R+Ti/16", dict(classifier="gap", patch_size=2)),
+], ids=["class-token", "hybrid"])
+def test_no_position_embedding(tmp_path, variant, options):
+    model = create_model(variant, position_embedding="none", **dict(
+        num_classes=5, hidden_size=16, mlp_dim=24, num_heads=2, num_layers=1, patch_size=4)
+        | options)
+    path = google_npz(tmp_path / "a.npz", random_params(model, 16, 16))
+    loaded = vit_jax.load_model(path, image_size=16)
+    assert loaded.model == model
+    assert "position_embedding='none', as the file has no table" in loaded.report.assumptions[0]
+
+
 def test_zero_head_is_pointed_out(tmp_path, params):
     """As in the ImageNet-21k files; one that is asked for is not worth a warning."""
     params = jax.tree.map(np.copy, params)

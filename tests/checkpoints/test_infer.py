@@ -1,6 +1,7 @@
 """What the shapes of a PyTorch file do not tell: by its config, architecture, or library."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -71,11 +72,52 @@ def test_heads_and_activation_of_the_architecture(tmp_path, architecture, heads,
     assert not any("activation" in text for text in loaded.report.assumptions)
 
 
-@pytest.mark.parametrize("architecture", ["vit_of_my_own", "resnet18", None, 3])
+@pytest.mark.parametrize("architecture", ["vit_of_my_own", None, 3])
 def test_architectures_that_tell_nothing(tmp_path, architecture):
     save_directory(tmp_path, tiny_timm(), architecture=architecture)
     loaded = vit_jax.load_model(tmp_path)
     assert "activation gelu, as PyTorch has it" in loaded.report.assumptions
+
+
+@pytest.mark.parametrize("architecture, installed", [
+    ("vit_small_patch16_rope_224.naver_in1k", True), ("vit_small_patch16_rope_ape_224", False),
+    ("vit_base_patch16_dinov3", False), ("resnet18", True),
+])
+def test_architectures_that_are_something_else(tmp_path, monkeypatch, architecture, installed):
+    """With rotary position embeddings a model has the same tensors, and other numbers."""
+    save_directory(tmp_path, tiny_timm(init_values=1e-5, pos_embed="none"),
+                   dict(act_layer="gelu"), architecture=architecture)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=f"names '{architecture}', timm's (Eva|ResNet), which comp"):
+        vit_jax.load_model(tmp_path)
+
+
+def test_no_position_embedding(tmp_path):
+    """A config tells that there is none; where there is no config it is assumed."""
+    module = tiny_timm(pos_embed="none")
+    save_directory(tmp_path, module, dict(pos_embed="none"))
+    told = vit_jax.load_model(tmp_path)
+    assert told.model.position_embedding == "none"
+    assert told.report.assumptions == []
+    loaded = vit_jax.load_model(save(tmp_path / "a", module), num_heads=2, image_size=8)
+    assert_equal_output(loaded, module)
+    assert "position_embedding='none', as the file has no table" in loaded.report.assumptions[0]
+    assert "timm's rotary one, which is not known here" in loaded.report.assumptions[0]
+
+
+def test_timms_older_config(tmp_path):
+    """The keys of pretrained_cfg beside the others, `labels` for `label_names`."""
+    save(tmp_path / "model.safetensors", tiny_timm())
+    config = dict(architecture="vit_tiny_patch16_224", num_classes=5, input_size=[3, 8, 8],
+                  mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation="bicubic", crop_pct=0.8)
+    write_json(tmp_path / "config.json", config | {"labels": list("abcde")})
+    loaded = vit_jax.load_model(tmp_path, num_heads=2)
+    assert loaded.metadata["class_names"] == tuple("abcde")
+    assert loaded.metadata["preprocessing"] == dict(
+        image_size=[8, 8], crop="center_crop", resize=10, interpolation="bicubic", antialias=True,
+        mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    assert loaded.report.assumptions == []
 
 
 @pytest.mark.parametrize("preprocessor, expected", [

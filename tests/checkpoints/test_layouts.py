@@ -117,6 +117,24 @@ def test_dinov2s_own_names(tmp_path, chunked):
     assert loaded.report.dropped == [("mask_token", (1, 16), "of masked pretraining")]
 
 
+@pytest.mark.parametrize("prefix, heads", [
+    ("", ["head.mlp.0.weight", "head.last_layer.weight_g"]),  # DINO
+    ("module.", ["head.mlp.0.weight"]),
+    ("", ["dino_head.mlp.0.weight", "ibot_head.mlp.0.weight"]),  # DINOv2
+])
+def test_checkpoints_of_self_supervised_training(tmp_path, prefix, heads):
+    """The teacher's backbone, of all that it consists of."""
+    module = tiny_timm(num_classes=0)
+    state = {f"{prefix}backbone.{name}": value for name, value in module.state_dict().items()}
+    state |= {prefix + name: torch.ones(8, 16) for name in heads}
+    torch.save({"student": state, "teacher": state, "epoch": 1}, tmp_path / "a.pth")
+    loaded = vit_jax.load_model(tmp_path / "a.pth", num_heads=2)
+    assert_equal_output(loaded, module)
+    account(loaded, [*module.state_dict(), *heads])
+    assert loaded.report.dropped == [
+        (name, (8, 16), "beside the backbone, as of self-supervised training") for name in heads]
+
+
 def test_mae(tmp_path):
     """The encoder, alone and in a file with the decoder."""
     module = tiny_timm(num_classes=0)

@@ -16,6 +16,7 @@ from tiny import __file__ as tiny_file
 
 import vit_jax
 from vit_jax.checkpoints.adapt import adapt
+from vit_jax.checkpoints.export import export_model
 from vit_jax.checkpoints.report import LoadReport
 from vit_jax.checkpoints.resize import POSITION_MODES, resize_position_embedding
 from vit_jax.errors import UserError
@@ -285,6 +286,24 @@ def test_channels(path, params):
     assert vit_jax.load_model(again).params["embedding"]["kernel"].shape == (4, 4, 1, 16)
     both = vit_jax.load_model(again, channels=3, patch_size=8, image_size=32)
     assert both.report.resized[0][3] == "input channels and patch kernel, pseudo-inverse"
+
+
+def test_channels_of_mean_and_std(tmp_path):
+    """They are averaged, so that exports have one each for one channel."""
+    path = google_npz(tmp_path / "a.npz", random_params(tiny(), 16, 16))
+    loaded = vit_jax.load_model(path, mean=[0.1, 0.2, 0.6], std=0.25)
+    export_model(loaded, "timm", tmp_path / "timm", check=False)
+    grey = vit_jax.load_model(tmp_path / "timm", channels=1)
+    preprocessing = grey.metadata["preprocessing"]
+    assert preprocessing["mean"] == pytest.approx([0.3]) and preprocessing["std"] == [0.25]
+    assert "mean 0.3, the average over [0.1, 0.2, 0.6]" in grey.report.assumptions
+    export_model(grey, "timm", tmp_path / "grey", check=False)
+    back = vit_jax.load_model(tmp_path / "grey")
+    assert back.metadata["preprocessing"] == preprocessing
+    told = vit_jax.load_model(tmp_path / "timm", channels=1, mean=[0.5])
+    assert told.metadata["preprocessing"]["mean"] == [0.5]
+    same = vit_jax.load_model(tmp_path / "timm", channels=3)
+    assert same.metadata["preprocessing"]["mean"] == [0.1, 0.2, 0.6]
 
 
 def test_patch_size(path):

@@ -80,6 +80,15 @@ def test_what_a_target_cannot_express(tmp_path, target, fields, reason):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("target", ["timm", "hf"])
+def test_a_mean_of_other_channels(tmp_path, target):
+    loaded = make(preprocessing=dict(mean=[0.1, 0.2]))
+    message = refusal(export_model, loaded, target, tmp_path / "out", check=False)
+    assert "images have 3 channels, and their mean or std 2 ([0.1, 0.2]); give" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.core
 def test_resnets_and_strange_hybrids_are_refused():
     resnet = create_model("R50x1", num_classes=3)
     for target in ("timm", "hf", "torchvision"):

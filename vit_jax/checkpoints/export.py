@@ -368,8 +368,10 @@ def _write_account(temporary, final, report):
         return
     _write_json(temporary / REPORT, report.to_json())
     config = json.loads((temporary / "config.json").read_text())
-    (temporary / "README.md").write_text(card.model_card(report, config), encoding="utf-8")
+    (temporary / "README.md").write_text(
+        card.model_card(report, config), encoding="utf-8", errors="replace")
 
 
 def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # In ASCII, names of files and classes come back even where they are no text.
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

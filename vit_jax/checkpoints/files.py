@@ -55,6 +55,7 @@ class TensorFile:
       preprocessor: `preprocessor_config.json`, in the same way.
       path: the weights file that was read; of several shards, their index.
       unwrapped: what was taken off: the key of the state dict, common prefixes of its names.
+      dropped: (name, shape, why) of what a wrapper holds beside the model.
     """
 
     tensors: dict[str, np.ndarray]
@@ -63,6 +64,7 @@ class TensorFile:
     preprocessor: dict | None
     path: Path
     unwrapped: tuple[str, ...] = ()
+    dropped: tuple[tuple[str, tuple, str], ...] = ()
 
 
 def read_tensors(path: str | Path) -> TensorFile:
@@ -78,8 +80,9 @@ def read_tensors(path: str | Path) -> TensorFile:
             tensors, kind, unwrapped = _read_shards(weights)
         else:
             tensors, kind, unwrapped = _read_file(weights)
+        dropped = ()
         if kind != "npz":
-            tensors, prefixes = _without_prefixes(tensors)
+            tensors, prefixes, dropped = _without_wrapper(tensors)
             unwrapped += prefixes
         if not tensors:
             raise UserError(f"{weights} holds no tensors; save the weights again.")
@@ -88,10 +91,12 @@ def read_tensors(path: str | Path) -> TensorFile:
             _read_json(weights.with_name(name), missing_ok=True) if with_settings else None
             for name in ("config.json", "preprocessor_config.json")
         )
+        if config and "architecture" in config:  # timm's older files have it flat
+            config.setdefault("pretrained_cfg", dict(config))
     except OSError as error:
         where = error.filename or path
         raise UserError(f"{where} cannot be read: {error.strerror or error}.") from error
-    return TensorFile(tensors, kind, config, preprocessor, weights, unwrapped)
+    return TensorFile(tensors, kind, config, preprocessor, weights, unwrapped, dropped)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -298,16 +303,23 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]
     return tensors, "torch", unwrapped
 
 
-def _without_prefixes(
+def _without_wrapper(
     tensors: dict[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Takes off what a wrapping module, compiled or parallel, put before every name."""
-    taken = ()
+) -> tuple[dict[str, np.ndarray], tuple[str, ...], tuple[tuple[str, tuple, str], ...]]:
+    """Takes off what a wrapping module, compiled or parallel, put before every name, and drops what
+    one that averages or pretrains holds beside the model."""
+    tensors, taken, dropped = dict(tensors), (), ()
+    if "n_averaged" in tensors and tensors["n_averaged"].ndim == 0:  # PyTorch's AveragedModel
+        dropped += (("n_averaged", tensors.pop("n_averaged").shape, "of weight averaging"),)
     for prefix in 2 * _PREFIXES:  # wrapped in either order
+        if "backbone.patch_embed.proj.weight" in tensors:  # DINO's and DINOv2's, beside their heads
+            beside = [name for name in tensors if not name.startswith("backbone.")]
+            dropped += tuple((name, tensors.pop(name).shape, "beside the backbone, as of "
+                              "self-supervised training") for name in beside)
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
             taken += (prefix,)
-    return tensors, taken
+    return tensors, taken, dropped
 
 
 def _read_json(path: Path, *, missing_ok: bool = False) -> dict | None:

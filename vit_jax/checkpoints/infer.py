@@ -57,6 +57,22 @@ def _architecture(config):
     return {"num_heads": fields.get("num_heads"), "activation": "gelu"}
 
 
+def check_architecture(config: Mapping[str, Any] | None, report: LoadReport) -> None:
+    """Refuses what differs from a Vision Transformer in none of its tensors, as rotary position
+    embeddings do.
+
+    Raises:
+      UserError: a config that names such an architecture.
+    """
+    config = config or {}
+    if other := _architecture(config).get("other"):
+        raise UserError(
+            f"{report.source}: its config names {config['architecture']!r:.80}, timm's {other}, "
+            "which computes something else from the tensors than a VisionTransformer (rotary "
+            "position embeddings, for example); use it with timm."
+        )
+
+
 def model_fields(params: Mapping[str, np.ndarray], structure: Structure) -> dict[str, Any]:
     """Everything about a `VisionTransformer` that the shapes of our parameters tell."""
     kernel = params["embedding/kernel"]
@@ -71,7 +87,6 @@ def model_fields(params: Mapping[str, np.ndarray], structure: Structure) -> dict
         num_layers=structure.num_layers,
         resnet_stages=structure.resnet_stages,
         classifier="token" if structure.class_token else "gap",
-        position_embedding="learned_1d" if structure.positions else "none",
     )
     if structure.pre_logits:
         fields["representation_size"] = params["pre_logits/kernel"].shape[-1]
@@ -80,6 +95,29 @@ def model_fields(params: Mapping[str, np.ndarray], structure: Structure) -> dict
     if structure.layer_scale:
         fields["layer_scale"] = 1e-5  # its initial value; the file holds the trained one
     return fields
+
+
+def position_embedding(
+    structure: Structure, config: Mapping[str, Any] | None, report: LoadReport
+) -> str:
+    """Learned where there is a table. Without one nothing shows; of Google's, only big_vision's
+    plain ViTs (arXiv 2205.01580) have none, and they have sincos_2d."""
+    if structure.positions:
+        return "learned_1d"
+    if ((config or {}).get("model_args") or {}).get("pos_embed") == "none":
+        return "none"
+    if (report.dialect == "google" and not structure.class_token
+            and structure.resnet_stages is None):
+        report.assumptions.append(
+            "position_embedding='sincos_2d', which has no parameters, as big_vision's plain ViTs "
+            "have it; position_embedding= says otherwise")
+        return "sincos_2d"
+    rotary = ", nor has timm's rotary one, which is not known here" if (
+        report.dialect == "timm") else ""
+    report.assumptions.append(
+        "position_embedding='none', as the file has no table; position_embedding= says otherwise "
+        f"(sincos_2d has none either{rotary})")
+    return "none"
 
 
 def activation(dialect: str, config: Mapping[str, Any] | None, report: LoadReport) -> str:
@@ -279,7 +317,7 @@ def _interpolation(name):
 def class_names(config: Mapping[str, Any] | None, count: int) -> tuple[str, ...] | None:
     """Names from a timm or Hugging Face config, if it names every class."""
     config = config or {}
-    names = config.get("label_names")
+    names = config.get("label_names") or config.get("labels")  # the latter in timm's older files
     if config.get("id2label"):
         names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
         if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):

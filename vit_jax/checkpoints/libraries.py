@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +90,10 @@ def first_line(error: Exception) -> str:
 @functools.cache
 def timm_fields(architecture: str) -> dict[str, Any]:
     """num_heads and activation of a Vision Transformer that timm knows by this name, whose weights
-    are neither made nor downloaded; {} without timm, or where it knows none."""
+    are neither made nor downloaded; `other`, its class, if that is no Vision Transformer's; {}
+    without timm, or where it knows none."""
+    if re.search("_rope_|dinov3", architecture):  # those that have the same tensors, without timm
+        return {"other": "Eva"}
     try:
         torch, timm = _import("torch", "timm")
     except Unavailable:
@@ -98,7 +102,10 @@ def timm_fields(architecture: str) -> dict[str, Any]:
     if not timm.is_model(name):
         return {}
     with torch.device("meta"):
-        block = next(iter(getattr(timm.create_model(name, pretrained=False), "blocks", ())), None)
+        model = timm.create_model(name, pretrained=False)
+    if not isinstance(model, timm.models.VisionTransformer):
+        return {"other": type(model).__name__}
+    block = next(iter(model.blocks), None)
     heads = getattr(getattr(block, "attn", None), "num_heads", None)
     function = getattr(getattr(block, "mlp", None), "act", None)
     if heads is None or function is None:

@@ -86,7 +86,7 @@ def load_model(path: str | Path, **overrides) -> Loaded:
           does not tell; without it a square is assumed, and where it can be none, `image_size`,
         position_resize: how, see `resize.POSITION_MODES`; the default is 'corner_aligned',
         channels: of the images, where they shall be others than the file's; the first layer is
-        adapted,
+        adapted, mean and std are averaged,
         reset_head: True for a zero head even where the number of classes agrees,
         mean, std: of the pixels in [0, 1], where the file does not tell,
         checkpoint: 'last' (default) or 'best' of a workdir,
@@ -119,14 +119,20 @@ def load_model(path: str | Path, **overrides) -> Loaded:
                         f"{old_size[0]}x{old_size[1]}; leave it out.")
     size = options.get("image_size", old_size)
     mode = options.get("position_resize", "corner_aligned")
+    old_channels = _channels(contents.params)
+    channels = options.get("channels") or old_channels
     params = adapt(
-        contents.params, model, size, old_grid=contents.grid, report=report,
-        channels=options.get("channels") or _channels(contents.params),
+        contents.params, model, size, old_grid=contents.grid, report=report, channels=channels,
         position_resize=mode, reset_head=options.get("reset_head", False))
     resized = any(path.endswith("/pos_embedding") and mode in how
                   for path, _, _, how in report.resized)
     head_is_new = any(path == "head/kernel" for path, *_ in report.reset)
     told = {key: options[key] for key in ("mean", "std") if key in options}
+    for key in ("mean", "std") if channels != old_channels else ():
+        value = contents.preprocessing[key]
+        if key not in told and isinstance(value, (list, tuple)) and len(value) != channels:
+            told[key] = [sum(value) / len(value)] * channels
+            report.assumptions.append(f"{key} {told[key][0]:.4g}, the average over {value}")
     if short_side := contents.preprocessing["resize"]:  # the same share of the image is cropped
         told["resize"] = round(short_side * min(size) / min(old_size))
     metadata = {
@@ -310,12 +316,14 @@ def _read_google(file, report, sizes):
 
 def _read_pytorch(file, library, report, num_heads, sizes):
     report.dialect = library
+    report.dropped += file.dropped
     tensors = layouts.usual_names(library, file.tensors)
     if len(tensors) < len(file.tensors):
         raise UserError(f"{file.path} holds some tensors twice, under different names.")
     structure = layouts.structure_of(library, tensors)
     if not structure.num_layers:
         raise UserError(f"{file.path} has no Transformer blocks of {library}'s names.")
+    infer.check_architecture(file.config, report)
     if "fc_norm.weight" in tensors:
         raise UserError(
             f"{file.path} normalises after pooling (timm's fc_norm); this model, as Google's, "
@@ -379,8 +387,11 @@ def _contents(params, file, report, sizes):
         for size in (infer.told_image_size(file.config) or trained_size, image_size))
     infer.with_class_slot(params, structure, told_grid, asked_grid, report)
     grid = infer.position_grid(params, structure, told_grid, asked_grid, report)
+    if grid is None:
+        report.assumptions.append("images of 224x224; image_size= says otherwise")
     size = (grid[0] * stride, grid[1] * stride) if grid else (224, 224)
     fields = infer.model_fields(params, structure)
+    fields["position_embedding"] = infer.position_embedding(structure, file.config, report)
     fields["activation"] = infer.activation(report.dialect, file.config, report)
     fields["classifier"] = infer.classifier(structure, file.config, report)
     told_epsilon = (file.config or {}).get("layer_norm_eps", 1e-6)

@@ -227,8 +227,11 @@ def _crop_pct(crop, resize):
 
 
 def _per_channel(value, channels):
-    return [float(x) for x in value] if isinstance(value, (list, tuple)) else (
-        [float(value)] * channels)
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * channels
+    if len(values) != channels:
+        raise UserError(f"The images have {channels} channels, and their mean or std {len(values)} "
+                        f"({values}); give load_model mean= and std= that fit.")
+    return [float(x) for x in values]
 
 
 def _hf_config(model, size, channels, class_names):
