@@ -19,7 +19,8 @@ The last 1% of the training images is left out, to choose settings on:
 found that B and L gain from --config.model.dropout_rate=0.1
 --config.model.stochastic_depth_rate=0.1, which big_vision's config leaves out.
 
-Not as in big_vision: computation in bfloat16; evaluation shrinks images bilinearly (there by area);
+Not as in big_vision: computation in bfloat16; large crops are decoded smaller (see docs/data.md;
+--config.data.scaled_decode=false as there); evaluation shrinks images bilinearly (there by area);
 mixup draws a weight for every image (there one for each device); in augreg position embeddings
 start with a deviation of 0.02 (there 1 / sqrt(width)) and the class token has one.
 

@@ -32,7 +32,8 @@ Google's recommended files after fine-tuning at 384 (README of
 github.com/google-research/vision_transformer); each was chosen among 28 settings, so not all of
 them are the ones above. Not run here.
 
-Not as in big_vision: computation in bfloat16; evaluation shrinks images bilinearly (there by area);
+Not as in big_vision: computation in bfloat16; large crops are decoded smaller (see docs/data.md;
+--config.data.scaled_decode=false as there); evaluation shrinks images bilinearly (there by area);
 mixup draws a weight for every image (there one for each device); position embeddings start with a
 deviation of 0.02 (there 1 / sqrt(width)). Like big_vision's config, and unlike the published files,
 the models average the patches; --config.model.classifier=token gives them a class token.

@@ -4,8 +4,9 @@
 #   launch/local.sh --config=configs/quickstart.py --workdir=runs/quickstart [--config.key=value ...]
 #
 # Exit code 75 means that the run was told to stop (SIGTERM) and has saved; with RESTART=1 it is
-# started again, for as long as that is how it ends. PRESET=hopper (or another file of launch/env)
-# sets what makes XLA and NCCL faster there.
+# started again, for as long as that is how it ends and the script itself was not told to stop, which
+# it passes on. PRESET=hopper (or another file of launch/env) sets what makes XLA and NCCL faster
+# there.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -17,10 +18,20 @@ fi
 # whoever can write to it can run code as you.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/vit_jax/compiled}"
 
+if [ "${RESTART:-0}" != 1 ]; then
+  exec python -m vit_jax.main "$@"  # so that signals reach the run itself
+fi
+
+stopping='' pid=''
+trap 'stopping=1; kill -TERM $pid 2>/dev/null' INT TERM
 while true; do
-  python -m vit_jax.main "$@"
+  python -m vit_jax.main "$@" &
+  pid=$!
+  if [ -n "$stopping" ]; then kill -TERM "$pid" 2>/dev/null; fi  # it came before the run had begun
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done  # a signal ends `wait`, but not the run
+  wait "$pid"
   code=$?
-  if [ "$code" -ne 75 ] || [ "${RESTART:-0}" != 1 ]; then
+  if [ "$code" -ne 75 ] || [ -n "$stopping" ]; then
     exit "$code"
   fi
   echo "stopped and saved; starting again" >&2

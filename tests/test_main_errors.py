@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 from tiny import __file__ as tiny_file
 
+from vit_jax.data.tfds import TfdsSplit
 from vit_jax.errors import UserError
 from vit_jax.main import main
+from vit_jax.prepare import main as prepare
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.metrics import read_metrics
 
@@ -231,6 +233,33 @@ def test_photos_that_changed_since_the_run_began(photos_run):
     with pytest.raises(UserError, match="as many training images, but not the same, or not with"):
         main(more)
     other.rename(cat)
+
+
+def test_a_tfds_data_set_that_changed_since_the_run_began(tmp_path, monkeypatch, capsys):
+    """Its name, version, sizes and classes did not, but the labels are swapped. Checkpoints of
+    before had the name alone, and can be continued."""
+    photos = make_photos(tmp_path / "photos")
+    prepare([f"--from={photos}", f"--out={tmp_path / 'one'}"])
+    cats, apples = photos / "train" / "grey cats", photos / "train" / "Äpfel"
+    cats.rename(tmp_path / "cats")
+    apples.rename(cats)
+    (tmp_path / "cats").rename(apples)
+    prepare([f"--from={photos}", f"--out={tmp_path / 'other'}"])
+
+    def run(place, steps):
+        main([*ONE_BLOCK, f"--workdir={tmp_path / 'run'}", "--config.eval_every=0",
+              "--config.data.source=tfds:photos", f"--config.data.dir={tmp_path / place}",
+              f"--config.total_steps={steps}"])
+
+    with monkeypatch.context() as before:
+        before.setattr(TfdsSplit, "identity", lambda split: split.name)
+        run("one", 2)
+    run("one", 4)
+    assert "Continuing from step 2." in capsys.readouterr().out
+    with pytest.raises(UserError, match="as many training images, but not the same, or not with"):
+        run("other", 6)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    run("moved", 6)
 
 
 def test_the_advice_about_a_bad_image_can_be_followed(tmp_path, capsys):

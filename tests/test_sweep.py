@@ -1,6 +1,9 @@
 """Sweeps through the command line: skipping, shares, interruption, failure, and what it refuses."""
 
+import errno
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -129,6 +132,15 @@ def test_interrupted_and_continued(tmp_path):
     steps = [entry["step"] for entry in read_metrics(first / "metrics.jsonl")]
     assert sorted(set(steps)) == list(range(1, 401))
     assert json.loads((first / "result.json").read_text())["step"] == 400
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / ".lock"), locked(tmp_path / ".lock", wait=True):
+        pass
 
 
 def test_a_run_keeps_its_workdir_when_its_sweep_is_killed(tmp_path):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +78,31 @@ def test_files_that_cannot_be_read(paths, tmp_path):
     assert records.read(0, 1) == Records([(paths[2], 0, 40)]).read(0, 1)
     with pytest.raises(UserError, match="damaged cannot be read .*; copy or prepare"):
         records.read(0, 40)
+
+
+def test_the_digest_is_of_the_records_and_not_of_the_place(paths, tmp_path):
+    def digest(path, first=0, count=40):
+        return Records([(str(path), first, count)]).digest()
+
+    def written(folder, records):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / Path(paths[2]).name
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+        return path
+
+    (tmp_path / "copy").mkdir()
+    assert digest(shutil.copy(paths[2], tmp_path / "copy")) == digest(paths[2])
+    assert digest(paths[2], 1, 39) != digest(paths[2]) != digest(paths[2], 0, 39)
+    # A megabyte, of which only the ends are read; all files have the same size.
+    a, b, c = (bytes([letter]) * 99 for letter in b"abc")
+    middle = [np.random.default_rng(number).bytes(3000) for number in range(333)]
+    files = [written("1", [a, *middle, b]), written("2", [c, *middle, b]),
+             written("3", [a, *middle, b + b]), written("4", [a, b, *middle])]
+    assert len({path.stat().st_size for path in files}) == 1
+    assert len(set(map(digest, files))) == 4
+    files[0].unlink()
+    with pytest.raises(UserError, match="cannot be read .No such file or directory.; copy"):
+        digest(files[0])

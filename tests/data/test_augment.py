@@ -118,14 +118,17 @@ def test_inception_boxes_are_inside_and_in_range():
     assert 0.73 < aspect.min() < 0.76 and 1.31 < aspect.max() < 1.36
 
 
-def test_inception_boxes_are_uniform_in_area_and_log_uniform_in_aspect():
-    _, _, height, width = boxes(area=(0.1, 0.4)).T  # every such crop fits: nothing is rejected
-    share = (height * width / 60_000 - 0.1) / 0.3
-    log_aspect = np.log(width / height) / np.log(4 / 3)
-    assert np.abs(np.quantile(share, [0.1, 0.25, 0.5, 0.75, 0.9]) -
-                  [0.1, 0.25, 0.5, 0.75, 0.9]).max() < 0.03
-    assert np.abs(np.quantile(log_aspect, [0.1, 0.25, 0.5, 0.75, 0.9]) -
-                  [-0.8, -0.5, 0, 0.5, 0.8]).max() < 0.06
+def test_inception_boxes_are_drawn_as_tensorflows():
+    """Measured of 100,000 boxes by TensorFlow 2.21.0, `tf.image.sample_distorted_bounding_box(
+    tf.constant([375, 500, 3]), tf.zeros((0, 0, 4)), min_object_covered=0, area_range=(0.05, 1.0),
+    aspect_ratio_range=(0.75, 4 / 3), max_attempts=100, use_image_if_no_bounding_boxes=True)`."""
+    _, _, height, width = boxes(20_000, 375, 500).T
+    area = height * width / (375 * 500)
+    # Up to 4 standard errors of 20,000 boxes. Areas drawn uniformly give 0.417, 0.07 and 0.37.
+    assert abs(area.mean() - 0.3425) < 0.006
+    assert abs((area < 0.1).mean() - 0.1415) < 0.01
+    assert abs((area > 0.5).mean() - 0.2553) < 0.012
+    assert abs((width / height).mean() - 1.0411) < 0.005
 
 
 def test_inception_boxes_lie_anywhere():
@@ -136,17 +139,13 @@ def test_inception_boxes_lie_anywhere():
 
 
 def test_inception_crop_can_be_the_whole_image():
-    assert (0, 0, 100, 100) in {tuple(box) for box in boxes(4000, 100, 100).tolist()}
+    assert (0, 0, 30, 30) in {tuple(box) for box in boxes(4000, 30, 30).tolist()}
     assert (boxes(20, 100, 100, area=(1.0, 1.0), aspect=(1.0, 1.0)) == (0, 0, 100, 100)).all()
 
 
-@pytest.mark.parametrize(("shape", "box"), [
-    ((10, 1000), (0, 493, 10, 13)),  # 10 * 4/3
-    ((1000, 10), (493, 0, 13, 10)),  # 10 / 0.75
-    ((1, 50), (0, 24, 1, 1)),
-])
-def test_inception_crop_that_does_not_fit_is_central(shape, box):
-    assert (boxes(50, *shape, area=(0.9, 1.0)) == box).all()
+@pytest.mark.parametrize("shape", [(10, 1000), (1000, 10), (1, 50)])
+def test_inception_crop_that_does_not_fit_is_the_whole_image(shape):
+    assert (boxes(50, *shape, area=(0.9, 1.0)) == (0, 0, *shape)).all()
 
 
 def test_inception_crop():

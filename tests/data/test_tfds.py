@@ -97,12 +97,16 @@ def test_records(tmp_path):
 
 
 def test_identity(tmp_path):
-    """That of the version, wherever it is."""
-    for place, version in (("here", "1.0.0"), ("there", "1.0.0"), ("newer", "1.1.0")):
-        write(tmp_path / place, version=version)
-    here, there, newer = (
-        both("tfds:pets", tmp_path / place)[0].identity() for place in ("here", "there", "newer"))
-    assert here == there != newer
+    """That of the version and its records, wherever they are."""
+    def identity(place, **how):
+        write(tmp_path / place, **how)
+        return both("tfds:pets", tmp_path / place, "train[:3]")[0].identity()
+
+    here = identity("here")
+    assert here == identity("there") and here.startswith("tfds:pets/1.0.0 split 'train[:3]' ")
+    assert here != identity("newer", version="1.1.0")
+    for number, labels in enumerate([(2, 1, 0, 1), (0, 1, 2, 1, 1)]):
+        assert here != identity(f"other{number}", splits=[("train", labels), ("test", (0,))])
 
 
 def test_label_names_that_are_cut_off(tmp_path):

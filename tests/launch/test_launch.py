@@ -139,6 +139,26 @@ def test_local_starts_again_after_code_75(stand_in, tmp_path, restart, last, cod
     assert calls(record) == [["-m", "vit_jax.main", "--workdir=a b"]] * starts
 
 
+@pytest.mark.parametrize("restart, number", [
+    ("0", signal.SIGTERM), ("1", signal.SIGTERM), ("1", signal.SIGINT),
+])
+def test_local_passes_signals_on(stand_in, tmp_path, restart, number):
+    """To the script alone, as a container's runtime sends them."""
+    record = stand_in("python", f"""
+        trap 'touch "{tmp_path}/saved"; exit 75' TERM
+        touch "{tmp_path}/alive"
+        for _ in {{1..600}}; do sleep 0.05; done""")
+    process = subprocess.Popen([LAUNCH / "local.sh"],
+                               env=environment(tmp_path / "bin", RESTART=restart))
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "alive").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "saved").exists() and len(calls(record)) == 1
+
+
 def test_local_takes_a_preset(stand_in, tmp_path):
     stand_in("python", 'echo "$CUDA_DEVICE_MAX_CONNECTIONS"')
     variables = environment(tmp_path / "bin")

@@ -6,7 +6,9 @@ makes none (6 us).
 """
 
 import bisect
+import hashlib
 import itertools
+import os
 from collections.abc import Sequence
 
 from array_record.python.array_record_module import ArrayRecordReader
@@ -15,6 +17,9 @@ from vit_jax.errors import UserError
 
 # One record at a time is read, in no order: reading ahead would be in vain.
 _OPTIONS, _BUFFER = "readahead_buffer_size:0", 32_768
+# Bytes that tell files apart: the first are records, the last an index of where each of them lies
+# (9 bytes a record) and 64 KiB with its place. The size tells little, since it is rounded up.
+_START, _END = 65_536, 131_072
 
 
 class Records:
@@ -32,6 +37,25 @@ class Records:
 
     def __getstate__(self):
         return self.__dict__ | {"_readers": {}}
+
+    def digest(self) -> str:
+        """Of which records these are, wherever the files lie. Reads only the ends of each.
+
+        Raises:
+          UserError: a file cannot be read.
+        """
+        sha256 = hashlib.sha256()
+        for path, first, count in self._parts:
+            try:
+                with open(path, "rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    sha256.update(repr((os.path.basename(path), size, first, count)).encode())
+                    sha256.update(file.read(_START))
+                    file.seek(max(0, size - _END))
+                    sha256.update(file.read())
+            except OSError as error:
+                raise _unreadable(path, error) from error
+        return sha256.hexdigest()[:16]
 
     def read(self, start: int, stop: int) -> list[bytes]:
         """Those from `start` up to `stop`, which must exist.
@@ -55,9 +79,7 @@ class Records:
                 raise RuntimeError(f"it holds only {reader.num_records()} records")
             return reader.read(start, stop)
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
-            raise UserError(f"{path} cannot be read ({reason}); copy or prepare the data set again."
-                            ) from error
+            raise _unreadable(path, error) from error
 
     def _reader(self, path):
         reader = self._readers.get(path)
@@ -68,3 +90,8 @@ class Records:
                 raise RuntimeError("it is no whole ArrayRecord file")
             self._readers[path] = reader
         return reader
+
+
+def _unreadable(path, error):
+    reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
+    return UserError(f"{path} cannot be read ({reason}); copy or prepare the data set again.")

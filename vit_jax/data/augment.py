@@ -15,7 +15,7 @@ from vit_jax.errors import UserError
 # The callers' threads are the parallelism; OpenCV's own would only compete with them.
 cv2.setNumThreads(0)
 
-_ATTEMPTS = 10
+_ATTEMPTS = 100
 _LONGEST = 16  # times as long as the crop, for the same short side
 
 
@@ -84,20 +84,30 @@ def inception_box(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of an inception crop.
+    """(top, left, height, width) of an inception crop, drawn as by TensorFlow's
+    `sample_distorted_bounding_box`, with which Google's recipes were made.
 
-    The area is uniform and the aspect log-uniform in its range. Where ten draws do not fit into the
-    image, it is the largest central crop whose aspect is in the range.
+    The aspect is uniform in its range, then the height among those with which area and image allow
+    that aspect, then the place. So crops are smaller than with a uniform area, which torchvision
+    draws: of a photo of 500x375 the mean area is 0.34 in place of 0.42. Where a hundred draws do
+    not fit, as in a very long image, it is the whole image.
     """
+    smallest, largest = (share * height * width for share in area)
     for _ in range(_ATTEMPTS):
-        target = height * width * rng.uniform(*area)
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < h <= height and 0 < w <= width:
+        ratio = rng.uniform(*aspect)
+        highest = min(round(math.sqrt(largest / ratio)), height,
+                      math.ceil((width + 0.5) / ratio) - 1)  # of which the width still fits
+        lowest = min(highest, round(math.sqrt(smallest / ratio)))
+        h = lowest + int(rng.integers(highest - lowest + 1))
+        # Sides are rounded, so that the area may be outside of its range by a pixel.
+        if h * round(h * ratio) < smallest:
+            h += 1
+        if h * round(h * ratio) > largest:
+            h -= 1
+        w = round(h * ratio)
+        if smallest <= h * w <= largest and 0 < h <= height and 0 < w <= width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    h = min(height, max(1, round(width / aspect[0])))
-    w = min(width, max(1, round(height * aspect[1])))
-    return (height - h) // 2, (width - w) // 2, h, w
+    return 0, 0, height, width
 
 
 def pad_crop(

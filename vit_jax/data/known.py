@@ -14,7 +14,7 @@ _DATA_SETS = {
     "oxford_flowers102": ({"train": 1_020, "validation": 1_020, "test": 6_149}, 102),
     "oxford_iiit_pet": ({"train": 3_680, "test": 3_669}, 37),
 }
-_SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>-?\d*%?):(?P<stop>-?\d*%?)\])?")
+_SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
 def known_size(source: str, split: str) -> tuple[int, int] | None:

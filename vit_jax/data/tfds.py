@@ -143,7 +143,7 @@ class TfdsSplit:
         return labels
 
     def identity(self) -> str:
-        return self.name  # with the data set's version
+        return f"{self.name} {self._records.digest()}"
 
 
 def _parse(example: bytes) -> tuple[bytes, int]:

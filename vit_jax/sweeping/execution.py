@@ -160,4 +160,6 @@ def locked(path: Path, wait: bool = False) -> Iterator[IO]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise Busy from None
+        except OSError:  # not every file system has locks
+            pass
         yield file

@@ -207,6 +207,38 @@ def test_the_data_set_is_complete_with_its_last_file(preparation):
     assert not list(preparation.folder.rglob(".*"))
 
 
+def test_metadata_left_by_processes_that_were_killed(preparation):
+    """In a container the next one has the same number."""
+    for mark in (preparation._mark, "elsewhere.77"):
+        (preparation.folder / f".metadata.{mark}").mkdir()
+        (preparation.folder / f".metadata.{mark}" / "features.json").write_text("half")
+    for file in preparation.files:
+        write(preparation, file)
+    preparation.finish({file: preparation.done(file) for file in preparation.files})
+    assert json.loads((preparation.folder / "features.json").read_text())
+    assert not list(preparation.folder.rglob(".*"))
+
+
+def test_two_processes_complete_the_data_set(preparation, monkeypatch):
+    """The other one removes what it takes for left."""
+    for file in preparation.files:
+        write(preparation, file)
+    tallies = {file: preparation.done(file) for file in preparation.files}
+    other = Preparation(preparation.source, preparation.out, "pets", preparation.options)
+    other._mark = "elsewhere"
+    write_features = preparation.source.write_features
+
+    def slowly(folder, **kwargs):
+        monkeypatch.undo()
+        other.finish(tallies)
+        return write_features(folder, **kwargs)
+
+    monkeypatch.setattr(preparation.source, "write_features", slowly)
+    preparation.finish(tallies)
+    assert json.loads((preparation.folder / "dataset_info.json").read_text())["name"] == "pets"
+    assert not list(preparation.folder.rglob(".*"))
+
+
 def test_tallies_add_up_and_survive_json():
     tally = Tally(2, 10, 20, 30, collections.Counter({7: 2}), [("a", "why")])
     assert Tally.from_json(tally.to_json()) == tally

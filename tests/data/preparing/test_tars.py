@@ -45,7 +45,7 @@ def test_members_are_those_that_tarfile_finds(tmp_path, form):
     with tarfile.open(path, "w", format=form) as archive:
         add(archive, {"plain.jpg": b"1" * 511, "empty.jpg": b"", f"{long}long.jpg": b"2" * 513,
                       "deep/" * 30 + "inside.jpg": b"3", "full.jpg": b"4" * 512})
-        for kind, name in ((tarfile.DIRTYPE, "folder"), (tarfile.SYMTYPE, "link.jpg")):
+        for kind, name in ((tarfile.DIRTYPE, "folder"), (tarfile.SYMTYPE, "link.txt")):
             member = tarfile.TarInfo(name)
             member.type = kind
             archive.addfile(member)
@@ -56,6 +56,19 @@ def test_members_are_those_that_tarfile_finds(tmp_path, form):
         expected = [member for member in archive if member.isreg()]
         assert [entry[1:] for entry in found] == [
             (member.offset, member.offset_data, member.size) for member in expected]
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_to_images_are_refused(tmp_path, kind):
+    """As without them an image would be missing that the folder had."""
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            add(archive, {"1.jpg": image(1)})
+            link = tarfile.TarInfo("2.JPG")
+            link.type, link.linkname = kind, "1.jpg"
+            archive.addfile(link)
+    with pytest.raises(UserError, match=r"a\.tar: 2\.JPG is a link .* tar --dereference --hard-"):
+        open_class_tars(str(tmp_path))
 
 
 def test_odd_names_are_kept(tmp_path):

@@ -240,8 +240,10 @@ class Preparation:
                 "numBytes": str(sum(part.bytes_out for part in parts)),
             })
         bad = [entry for file in self.files for entry in tallies[file].bad]
+        path = self.folder / "dataset_info.json"
         with _writing(self.folder):
             scratch = self._temporary(self.folder / "metadata")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a killed process with the same number
             scratch.mkdir()
             try:
                 info = self.source.write_features(
@@ -252,9 +254,14 @@ class Preparation:
                         encoding="utf-8", errors="surrogateescape")
                 for written in scratch.iterdir():
                     written.replace(self.folder / written.name)
+            except FileNotFoundError:
+                # Another process may have written the same, ended, and removed what it left.
+                if not path.exists():
+                    raise
+                return
             finally:
-                shutil.rmtree(scratch)
-            self._write(self.folder / "dataset_info.json", json.dumps(info | {
+                shutil.rmtree(scratch, ignore_errors=True)
+            self._write(path, json.dumps(info | {
                 "name": self.name,
                 "version": self.source.version,
                 "fileFormat": "array_record",
@@ -263,6 +270,8 @@ class Preparation:
             for pattern in (f".{self.name}-*.array_record-*", "progress/.*"):
                 for left in self.folder.glob(pattern):  # by processes that were killed
                     left.unlink(missing_ok=True)
+            for left in self.folder.glob(".metadata.*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _path(self, file: OutputFile) -> Path:
         return self.folder / f"{self.name}-{file.split}.array_record-{file.suffix}"

@@ -19,7 +19,7 @@ from vit_jax.data.preparing.inputs import Item, digest, make_example, write_feat
 from vit_jax.errors import UserError
 
 _BLOCK = 512  # POSIX.1-1988 (ustar): headers fill one block, and data are filled up to whole ones
-_REGULAR = b"0\0"
+_REGULAR, _LINKS = b"0\0", b"12"
 _CHECKSUM = slice(148, 156)
 _LONGEST_END = 2**21  # bytes of zeros; of 10,240 unless GNU tar was told otherwise
 _EXTENSIONS = tuple(extension.encode() for extension in EXTENSIONS)
@@ -149,7 +149,7 @@ def members(file: BinaryIO, archive: Archive) -> list[tuple[bytes, int, int, int
     Only what is neither a file nor a folder is left to it, such as headers of long names.
 
     Raises:
-      UserError: the archive is damaged or incomplete.
+      UserError: the archive is damaged or incomplete, or holds a link in place of an image.
     """
     found = []
     file_size = os.fstat(file.fileno()).st_size
@@ -187,6 +187,9 @@ def members(file: BinaryIO, archive: Archive) -> list[tuple[bytes, int, int, int
             raise damaged
         if kind in _REGULAR:
             found.append((name, position, data, size))
+        elif kind in _LINKS and name.lower().endswith(_EXTENSIONS):
+            raise UserError(f"{archive.path}: {os.fsdecode(name)} is a link and no image; make the "
+                            "archive again with tar --dereference --hard-dereference.")
         position = min(data + -(-size // _BLOCK) * _BLOCK, end)
 
 
