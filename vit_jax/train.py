@@ -98,13 +98,11 @@ def _train(config, workdir, stop, held):
     first_step = checkpoints.last_step or 0
     distributed.check_agreement({
         "config": config_lib.to_json(config), "last checkpoint": first_step,
-        "training set": (len(train_source), classes, train_source.identity())})
+        "training set": (len(train_source), classes, meta["train_identity"])})
     if first_step > total_steps:
         raise UserError(f"{workdir} is at step {first_step}, beyond the {total_steps} steps asked "
                         "for; raise config.total_steps or use another --workdir.")
     if first_step:
-        if stored.get("train_identity") == train_source.name:
-            del stored["train_identity"]  # older checkpoints have no more of a TFDS data set
         check_same_data(meta, stored)
         state = checkpoints.restore(first_step, shapes, shardings)
         print(f"Continuing from step {first_step}.", flush=True)

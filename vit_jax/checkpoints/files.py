@@ -91,7 +91,7 @@ def read_tensors(path: str | Path) -> TensorFile:
             _read_json(weights.with_name(name), missing_ok=True) if with_settings else None
             for name in ("config.json", "preprocessor_config.json")
         )
-        if config and "architecture" in config:  # timm's older files have it flat
+        if config and {"architecture", "input_size"} <= config.keys():  # flat, as timm's older ones
             config.setdefault("pretrained_cfg", dict(config))
     except OSError as error:
         where = error.filename or path

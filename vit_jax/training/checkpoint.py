@@ -254,8 +254,8 @@ def check_same_data(meta: dict[str, Any], stored: dict[str, Any]) -> None:
                 f"The data changed since this run began: its {what} was {_short(stored[key])}, now "
                 f"it is {_short(meta[key])}. Restore the data, or use another --workdir."
             )
-    key = "train_identity"  # which older checkpoints do not have
-    if stored.get(key, meta[key]) != meta[key]:
+    key = "train_identity"  # older checkpoints have none, or of a TFDS data set its name alone
+    if not meta[key].startswith(stored.get(key, "")):
         raise UserError(
             "The data changed since this run began: as many training images, but not the same, or "
             f"not with the same labels ({_short(stored[key])} is now {_short(meta[key])}). Restore "
