@@ -47,7 +47,7 @@ class View:
       rollout: [n, height, width]; see `attention.rollout_maps`.
       heads: [k, L, heads, height, width]; see `attention.attention_maps`.
       distances: [n, L, heads]; see `attention.mean_distances`.
-      tokens: [L + 1, m, D], some patches of every image.
+      tokens: [L + 1, m, D], some patches of the images, of many images only of some.
     """
 
     files: list[str]
@@ -157,6 +157,7 @@ def look(loaded: Loaded, paths: list[str], unreadable: Unreadable) -> View:
     patches = math.prod(_grid(loaded))
     # Not fewer than four, with which layers can be compared: all other images may be unreadable.
     chosen = min(patches, max(4, math.ceil(_EXAMPLES / len(paths))))
+    every = max(1, len(paths) * chosen // _EXAMPLES)  # which image's patches are kept
 
     @jax.jit
     def step(params, images, positions):
@@ -180,7 +181,9 @@ def look(loaded: Loaded, paths: list[str], unreadable: Unreadable) -> View:
             if len(files) < _DRAWN:
                 images.append(batch[row])
                 rows.setdefault("heads", []).append(seen["heads"][row])
-            for name in ("rollout", "distances", "tokens"):
+            if len(files) % every == 0:
+                rows.setdefault("tokens", []).append(seen["tokens"][row])
+            for name in ("rollout", "distances"):
                 rows.setdefault(name, []).append(seen[name][row])
             files.append(path)
     if not files:

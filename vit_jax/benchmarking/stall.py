@@ -67,10 +67,9 @@ def checkpoint_stall(
                     meanwhile.append(seconds)
             checkpoints.wait()
             written.append(time.perf_counter() - begin)
-        size = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
-        kept = len([path for path in (Path(directory) / "checkpoints").iterdir()
-                    if path.name.isdigit()])
+        last = Path(directory) / "checkpoints" / str(saves)  # older ones may be half deleted
+        size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
         checkpoints.close()
     median = statistics.median
     return Stall(median(plain), median(blocked), median(written),
-                 median(meanwhile) if meanwhile else None, size // max(1, kept))
+                 median(meanwhile) if meanwhile else None, size)
