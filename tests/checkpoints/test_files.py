@@ -417,6 +417,8 @@ def test_torch_averaged_weights_come_first_and_prefixes_must_be_common(tmp_path,
     torch.save({"model": one, "model_ema": two}, path)
     file = read_tensors(path)
     assert file.tensors["a"] == 2 and file.unwrapped == ("model_ema", "backbone.")
+    assert file.choices == (
+        "the weights under 'model_ema', where the file also has some under 'model'",)
     torch.save({"model": two | {"head.a": torch.ones(1)}, "model_ema": None}, path)
     assert set(read_tensors(path).tensors) == {"backbone.a", "head.a"}
 

@@ -126,7 +126,11 @@ def test_timms_older_config(tmp_path):
     (dict(size=dict(height=10, width=10), crop_size=dict(height=8, width=8), do_center_crop=True),
      dict(crop="center_crop", resize=10)),  # DeiT's
     (dict(crop_size=8, do_center_crop=True), dict(crop="center_crop", resize=8)),
-    (dict(size=8, do_normalize=False, image_mean=[0.1] * 3), dict(mean=0.0, std=1.0)),
+    (dict(size=8, do_normalize=False, image_mean=[0.1] * 3), dict(mean=[0.0] * 3, std=[1.0] * 3)),
+    (dict(size=8, do_rescale=False, image_mean=[51, 102, 153], image_std=[255, 51, 102]),
+     dict(mean=[0.2, 0.4, 0.6], std=[1.0, 0.2, 0.4])),
+    (dict(size=8, rescale_factor=1 / 127.5, image_mean=[1] * 3, image_std=[1] * 3),
+     dict(mean=[0.5] * 3, std=[0.5] * 3)),
 ], ids=json.dumps)
 def test_hf_preprocessors(tmp_path, preprocessor, expected):
     """Also beside other weights than Hugging Face's."""
@@ -135,9 +139,59 @@ def test_hf_preprocessors(tmp_path, preprocessor, expected):
     loaded = vit_jax.load_model(tmp_path, num_heads=2)
     found = loaded.metadata["preprocessing"]
     assert {key: found[key] for key in expected} == expected
+    assert not any("resizing in place" in text for text in loaded.report.assumptions)
     squashes = isinstance(preprocessor.get("size"), dict)
     assert squashes == any("in place of both sides to 10x10" in text
                            for text in loaded.report.assumptions)
+
+
+def test_filters_that_are_not_known_here(tmp_path):
+    said = "bicubic resizing in place of the config's lanczos"
+    save(tmp_path / "model.safetensors", tiny_timm())
+    write_json(tmp_path / "preprocessor_config.json", dict(size=8, resample=1))
+    loaded = vit_jax.load_model(tmp_path, num_heads=2)
+    assert loaded.metadata["preprocessing"]["interpolation"] == "bicubic"
+    assert said in loaded.report.assumptions
+    write_json(tmp_path / "config.json", dict(pretrained_cfg=dict(interpolation="lanczos")))
+    assert said in vit_jax.load_model(tmp_path, num_heads=2).report.assumptions
+
+
+@pytest.mark.parametrize("where", ["label_names", "pretrained_cfg"])
+def test_class_names_of_timm(tmp_path, where):
+    """As a list or by number; where `save_for_hf` moves them when it saves a loaded model."""
+    save_directory(tmp_path, tiny_timm())
+    config = json.loads((tmp_path / "config.json").read_text())
+    for names in (list("edcba"), {"4": "a", "0": "e", "2": "c", "1": "d", "3": "b"}):
+        told = {"label_names": names} if where == "label_names" else {
+            where: config["pretrained_cfg"] | {"label_names": names}}
+        write_json(tmp_path / "config.json", config | told)
+        loaded = vit_jax.load_model(tmp_path, num_heads=2)
+        assert loaded.metadata["class_names"] == tuple("edcba")
+    write_json(tmp_path / "config.json", config | {"label_names": dict(zip("abcde", "edcba"))})
+    assert vit_jax.load_model(tmp_path, num_heads=2).metadata["class_names"] is None
+
+
+def test_an_architecture_named_in_the_file(tmp_path):
+    """As timm's training script does."""
+    checkpoint = {"arch": "vit_small_patch16_rope_ape_224", "state_dict": tiny_timm().state_dict()}
+    torch.save(checkpoint, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="names 'vit_small_patch16_rope_ape_224', timm's Eva"):
+        vit_jax.load_model(tmp_path / "a.pth", num_heads=2)
+    torch.save(checkpoint | {"arch": "vit_tiny_patch16_224"}, tmp_path / "a.pth")
+    assert vit_jax.load_model(tmp_path / "a.pth", num_heads=2).report.assumptions == [
+        "a square grid of 2x2 patches", "mean 0.5 and std 0.5"]
+
+
+def test_a_trained_size_that_the_config_does_not_know(tmp_path):
+    """As of timm's older configs, which name the architecture's own size."""
+    module = tiny_timm(img_size=(8, 24))
+    save_directory(tmp_path, module)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"].pop("img_size", None)
+    config["pretrained_cfg"]["input_size"] = [3, 224, 224]
+    write_json(tmp_path / "config.json", config)
+    loaded = vit_jax.load_model(tmp_path, num_heads=2, trained_size=(8, 24))
+    assert_equal_output(loaded, module, (8, 24))
 
 
 @pytest.mark.parametrize("name, weights", [

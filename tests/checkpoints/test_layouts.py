@@ -18,6 +18,7 @@ from pytorch_models import (
 from torch_shim import timm, torch
 
 import vit_jax
+from vit_jax.checkpoints.export import export_model
 from vit_jax.checkpoints.resize import resize_position_embedding
 from vit_jax.errors import UserError
 
@@ -50,8 +51,52 @@ def test_state_dicts(tmp_path, wrap):
     account(loaded, module.state_dict())
     assert loaded.model.activation == "gelu"
     assert loaded.report.assumptions == [
-        "a square grid of 2x2 patches", "activation gelu, as PyTorch has it",
-        "mean 0.5 and std 0.5"]
+        "a square grid of 2x2 patches", "no rotary position embedding beside the table",
+        "activation gelu, as PyTorch has it",
+        "the head reads the class token, not a mean of the patches", "mean 0.5 and std 0.5"]
+
+
+def test_averaged_weights_are_taken_with_a_word(tmp_path):
+    module = tiny_timm()
+    torch.save({"model": tiny_timm().state_dict(), "model_ema": module.state_dict()},
+               tmp_path / "a.pth")
+    loaded = vit_jax.load_model(tmp_path / "a.pth", num_heads=2)
+    assert_equal_output(loaded, module)
+    assert ("the weights under 'model_ema', where the file also has some under 'model'"
+            in loaded.report.assumptions)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("size", [(12, 12), (8, 20)], ids=str)
+def test_registers_with_positions(tmp_path, class_token, size):
+    """timm's models with registers that do not say no_embed_class."""
+    options = dict(reg_tokens=3, img_size=size, class_token=class_token, fc_norm=False,
+                   global_pool="token" if class_token else "avg")
+    path = save(tmp_path / "a", module := tiny_timm(**options))
+    loaded = vit_jax.load_model(path, num_heads=2, image_size=size)
+    assert_equal_output(loaded, module, size)
+    assert loaded.report.resized[0][3] == "the registers' positions added to the registers"
+
+
+def test_means_that_include_registers(tmp_path):
+    options = dict(class_token=False, reg_tokens=3, no_embed_class=True, fc_norm=False)
+    module = tiny_timm(global_pool="avg", pool_include_prefix=True, **options)
+    save_directory(tmp_path, module, options | dict(pool_include_prefix=True), global_pool="avg")
+    with pytest.raises(UserError, match="pool_include_prefix, a mean that includes the registers"):
+        vit_jax.load_model(tmp_path)
+
+
+def test_layer_norm_after_the_class_token_is_picked(tmp_path):
+    module = tiny_timm(fc_norm=True)
+    loaded = vit_jax.load_model(
+        save_directory(tmp_path, module, dict(fc_norm=True), global_pool="token"))
+    assert_equal_output(loaded, module)
+
+
+def test_patches_that_are_not_square(tmp_path):
+    path = save(tmp_path / "a", tiny_timm(patch_size=(8, 2), img_size=16))
+    with pytest.raises(UserError, match="has patches of 8x2 pixels; .* has square ones"):
+        vit_jax.load_model(path, num_heads=2)
 
 
 def test_pooling(tmp_path):
@@ -253,6 +298,35 @@ def test_hf_features(tmp_path, transformers, pooler):
         write_json(tmp_path / "config.json", config | {"pooler_act": "relu"})
         with pytest.raises(UserError, match="activation 'relu'"):
             vit_jax.load_model(tmp_path)
+
+
+def test_hf_classes_that_do_not_exclude_each_other(tmp_path, transformers):
+    config = hf_config(transformers, problem_type="multi_label_classification")
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "theirs")
+    loaded = vit_jax.load_model(tmp_path / "theirs")
+    assert loaded.metadata["loss"] == "sigmoid"
+    report = export_model(loaded, "hf", tmp_path / "ours", check=False)
+    assert not any("sigmoid" in text for text in report.warnings)
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours")
+    assert again.config.problem_type == "multi_label_classification"
+
+
+def test_hf_models_of_another_kind(tmp_path, transformers):
+    config = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                  image_size=8, patch_size=4)
+    model = transformers.IJepaModel(transformers.IJepaConfig(**config), add_pooling_layer=True)
+    model.save_pretrained(tmp_path / "pooled")
+    with pytest.raises(UserError, match="I-JEPA's pooler reads the first patch"):
+        vit_jax.load_model(tmp_path / "pooled")
+    model = randomise(transformers.IJepaModel(
+        transformers.IJepaConfig(**config), add_pooling_layer=False))
+    model.save_pretrained(tmp_path / "plain")
+    assert_equal_output(vit_jax.load_model(tmp_path / "plain"), model,
+                        output=lambda out: out.last_hidden_state.mean(1))
+    told = json.loads((tmp_path / "plain" / "config.json").read_text())
+    write_json(tmp_path / "plain" / "config.json", told | {"model_type": "vitpose_backbone"})
+    with pytest.raises(UserError, match="model_type='vitpose_backbone', which may compute"):
+        vit_jax.load_model(tmp_path / "plain")
 
 
 def test_hf_center_crop(tmp_path, transformers):

@@ -288,6 +288,24 @@ def test_channels(path, params):
     assert both.report.resized[0][3] == "input channels and patch kernel, pseudo-inverse"
 
 
+def test_channels_of_a_standardised_convolution(tmp_path):
+    model = vit_jax.create_model("R26+S/32", hidden_size=16, mlp_dim=24, num_heads=2, num_layers=1,
+                                 resnet_stages=(1,), num_classes=3)
+    path = google_npz(tmp_path / "a.npz", random_params(model, 16, 16))
+    assert not vit_jax.load_model(path).report.warnings
+    (warning,) = vit_jax.load_model(path, channels=1).report.warnings
+    assert "the first convolution is standardised, so with other input channels" in warning
+
+
+def test_relative_positions_are_of_one_grid():
+    model = tiny(position_embedding="relative", classifier="gap")
+    params = flat(random_params(model, 16, 16))
+    same = adapt(params, model, (16, 16), old_grid=(4, 4), report=LoadReport("a", "vit_jax"))
+    assert same.keys() == params.keys()
+    with pytest.raises(UserError, match="relative position embeddings of 4x4 patches, which"):
+        adapt(params, model, (8, 32), old_grid=(4, 4), report=LoadReport("a", "vit_jax"))
+
+
 def test_channels_of_mean_and_std(tmp_path):
     """They are averaged, so that exports have one each for one channel."""
     path = google_npz(tmp_path / "a.npz", random_params(tiny(), 16, 16))

@@ -28,10 +28,34 @@ def test_only_an_earlier_npz_is_replaced(tmp_path):
 @pytest.mark.parametrize("write", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"")],
                          ids=["directory", "file"])
 def test_a_name_that_is_too_long(tmp_path, write):
-    out = tmp_path / ("x" * 250)  # with what a temporary name adds
+    out = tmp_path / ("x" * 256)
     output.check_out(out, "npz", True)
     with pytest.raises(UserError, match="File name too long"), output.temporary(out) as path:
         write(path)
+
+
+def test_no_other_file_is_deleted_with_an_earlier_export(tmp_path):
+    (tmp_path / "conversion_report.json").write_text("{}")
+    output.check_out(tmp_path, "timm", True)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "notes.txt").write_text("thesis")
+    message = refusal(tmp_path, "timm", True)
+    assert "more than an earlier export (.git, notes.txt), which --overwrite would del" in message
+
+
+def test_an_earlier_export_survives_a_new_one_that_fails(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    with pytest.raises(UserError, match="cannot be written"), output.temporary(out) as path:
+        output.move(path, out)  # nothing was written there
+    assert (out / "config.json").read_text() == "old"
+    with output.temporary(out) as path:
+        path.mkdir()
+        (path / "config.json").write_text("new")
+        output.move(path, out)
+    assert (out / "config.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_directory_whose_name_is_too_long(tmp_path):

@@ -82,11 +82,14 @@ def adapt(
 
     for path, tensor in params.items():
         shape = wanted.get(path)
+        if path.endswith("/relative_embedding") and old_grid != _grid(model, size):
+            raise UserError(
+                f"{report.source} has relative position embeddings of {old_grid[0]}x{old_grid[1]} "
+                f"patches, which cannot be resized; keep its image size.")
         is_positions = path.endswith("/posembed_input/pos_embedding")  # at the stem or in a block
         if is_positions:
-            stride = model.patch_size * model.stem_stride
             prefix = int("cls" in params)
-            new_grid = (size[0] // stride, size[1] // stride)
+            new_grid = _grid(model, size)
         # 4 x 4 and 2 x 8 patches are as many, and yet another grid.
         other_grid = is_positions and old_grid not in (None, new_grid)
         if shape is None or (tensor.shape == shape and not other_grid):
@@ -101,6 +104,10 @@ def adapt(
             if tensor.shape[2] != shape[2] and path == _first_layer(wanted):
                 tensor = resize.adapt_input_channels(tensor, shape[2])
                 how.append("input channels")
+                if path == "conv_root/kernel":
+                    report.warnings.append(
+                        "the first convolution is standardised, so with other input channels the "
+                        "model computes something else, also of grey images; train it further")
             if tensor.shape[:2] != shape[:2] and path == "embedding/kernel":
                 tensor = resize.resize_patch_kernel(tensor, shape[:2])
                 how.append("patch kernel, pseudo-inverse")
@@ -111,6 +118,11 @@ def adapt(
 
     _check_complete(params, wanted, report)
     return params
+
+
+def _grid(model, size):
+    stride = model.patch_size * model.stem_stride
+    return size[0] // stride, size[1] // stride
 
 
 def _first_layer(wanted):

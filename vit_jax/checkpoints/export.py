@@ -60,7 +60,7 @@ class ExportReport:
       effects: name -> {max_difference, mean_difference, top1} of the logits, for what was accepted
         although it changes the outputs.
       warnings: what to know before using it.
-      model, preprocessing, class_names: what was exported.
+      model, preprocessing, class_names, loss: what was exported.
       load: the load report, line by line.
       verification: whether the library computes the same.
     """
@@ -78,6 +78,7 @@ class ExportReport:
     model: dict[str, Any]
     preprocessing: dict[str, Any]
     class_names: tuple[str, ...] | None
+    loss: str | None
     load: list[str]
     verification: Verification
 
@@ -201,8 +202,8 @@ def export_model(
         effects=effects,
         warnings=_warnings(target, model, params, loaded.metadata, class_names),
         model=model_to_json(model), preprocessing=preprocessing,
-        class_names=class_names, load=str(loaded.report).splitlines(),
-        verification=Verification(reason="not asked for"))
+        class_names=class_names, loss=loaded.metadata.get("loss"),
+        load=str(loaded.report).splitlines(), verification=Verification(reason="not asked for"))
     with output.temporary(out) as temporary:
         write = _write_npz if target == "npz" else _write_directory
         write(temporary, report, model, tensors, size, channels, matched)
@@ -292,7 +293,7 @@ def _effect(before, after, images):
 
 def _warnings(target, model, params, metadata, class_names):
     warnings, preprocessing = [], metadata["preprocessing"]
-    if metadata.get("loss") == "sigmoid":
+    if metadata.get("loss") == "sigmoid" and target != "hf":  # whose config tells
         warnings.append("it was trained with a sigmoid loss: the probability of a class is the "
                         "sigmoid of its logit, not a softmax")
     if "head/kernel" in params and not params["head/kernel"].any():
@@ -347,7 +348,8 @@ def _write_directory(path, report, model, tensors, size, channels, matched):
     path.mkdir()
     safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     files = targets.config_files(
-        report.target, model, size, channels, report.preprocessing, report.class_names)
+        report.target, model, size, channels, report.preprocessing, report.class_names,
+        report.loss)
     if matched:
         files["config.json"][epsilon.MATCHED] = True
     for name, contents in files.items():

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes  # also teaches NumPy, and so safetensors, the name "bfloat16"
@@ -51,20 +51,23 @@ class TensorFile:
       tensors: names as in the file (after `unwrapped`); bfloat16 is `ml_dtypes.bfloat16`.
       kind: "npz", "safetensors" or "torch".
       config: `config.json` beside the weights. It is looked for if a directory was given, or a
-        file that is called as in a directory (model.safetensors, pytorch_model.bin); else None.
+        file that is called as in a directory (model.safetensors, pytorch_model.bin); else the
+        architecture that a training script names in the file, or None.
       preprocessor: `preprocessor_config.json`, in the same way.
       path: the weights file that was read; of several shards, their index.
       unwrapped: what was taken off: the key of the state dict, common prefixes of its names.
+      choices: what was taken where there was something else of the same kind, in words.
       dropped: (name, shape, why) of what a wrapper holds beside the model.
     """
 
     tensors: dict[str, np.ndarray]
     kind: str
-    config: dict | None
-    preprocessor: dict | None
     path: Path
+    config: dict | None = None
+    preprocessor: dict | None = None
     unwrapped: tuple[str, ...] = ()
     dropped: tuple[tuple[str, tuple, str], ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 def read_tensors(path: str | Path) -> TensorFile:
@@ -77,26 +80,25 @@ def read_tensors(path: str | Path) -> TensorFile:
     try:
         weights = _weights_in(path) if path.is_dir() else path
         if weights.name.endswith(".index.json"):
-            tensors, kind, unwrapped = _read_shards(weights)
+            file = _read_shards(weights)
         else:
-            tensors, kind, unwrapped = _read_file(weights)
-        dropped = ()
-        if kind != "npz":
-            tensors, prefixes, dropped = _without_wrapper(tensors)
-            unwrapped += prefixes
-        if not tensors:
+            file = _read_file(weights)
+        if file.kind != "npz":
+            file = _without_wrapper(file)
+        if not file.tensors:
             raise UserError(f"{weights} holds no tensors; save the weights again.")
         with_settings = path.is_dir() or path.name in _WEIGHTS
         config, preprocessor = (
             _read_json(weights.with_name(name), missing_ok=True) if with_settings else None
             for name in ("config.json", "preprocessor_config.json")
         )
+        config = file.config if config is None else config
         if config and {"architecture", "input_size"} <= config.keys():  # flat, as timm's older ones
             config.setdefault("pretrained_cfg", dict(config))
     except OSError as error:
         where = error.filename or path
         raise UserError(f"{where} cannot be read: {error.strerror or error}.") from error
-    return TensorFile(tensors, kind, config, preprocessor, weights, unwrapped, dropped)
+    return replace(file, config=config, preprocessor=preprocessor)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -115,7 +117,7 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
-def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
+def _read_shards(index: Path) -> TensorFile:
     """All files that Hugging Face's index of a sharded checkpoint names."""
     shard_of = _read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(x, str) for x in shard_of.values()):
@@ -126,24 +128,24 @@ def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ..
         if Path(shard).name != shard or not shard.endswith(_SUFFIXES):
             raise UserError(f"{index} names {shard!r:.80}, which is no weights file beside it; "
                             "download it again.")
-        part, kind, _ = _read_file(index.with_name(shard))
-        kinds.add(kind)
+        part = _read_file(index.with_name(shard))
+        kinds.add(part.kind)
         expected = {name for name, file in shard_of.items() if file == shard}
-        if kind == "npz" or len(kinds) > 1 or set(part) != expected:
+        if part.kind == "npz" or len(kinds) > 1 or set(part.tensors) != expected:
             raise UserError(f"{index.with_name(shard)} does not hold the tensors that {index.name} "
                             "promises; download both again.")
-        tensors |= part
-    return tensors, *(kinds or ["safetensors"]), ()
+        tensors |= part.tensors
+    return TensorFile(tensors, *(kinds or ["safetensors"]), index)
 
 
-def _read_file(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
+def _read_file(path: Path) -> TensorFile:
     kind = _kind(path)
     try:
         match kind:
             case "npz":
-                return _read_npz(path), kind, ()
+                return TensorFile(_read_npz(path), kind, path)
             case "safetensors":
-                return _read_safetensors(path), kind, ()
+                return TensorFile(_read_safetensors(path), kind, path)
             case "torch":
                 return _read_torch(path)
     except (UserError, MemoryError):
@@ -260,7 +262,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(path)
 
 
-def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
+def _read_torch(path: Path) -> TensorFile:
     try:
         import torch
     except ImportError as error:
@@ -281,9 +283,14 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]
                 "opened; if you trust it, save model.state_dict() alone with PyTorch."
             ) from error
         raise
-    unwrapped = ()
+    unwrapped, choices, config = (), (), None
     if isinstance(loaded, dict):
-        unwrapped = tuple(key for key in _WRAPPERS if isinstance(loaded.get(key), dict))[:1]
+        found = tuple(key for key in _WRAPPERS if isinstance(loaded.get(key), dict))
+        unwrapped = found[:1]
+        choices = tuple(f"the weights under {found[0]!r}, where the file also has some under "
+                        f"{other!r}" for other in found[1:])
+        if isinstance(loaded.get("arch"), str):  # as timm's scripts write it
+            config = {"architecture": loaded["arch"]}
     state = loaded[unwrapped[0]] if unwrapped else loaded
     if not isinstance(state, dict) or not any(torch.is_tensor(x) for x in state.values()):
         what = _some(list(map(str, state))) if isinstance(state, dict) else type(state).__name__
@@ -300,15 +307,14 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]
         tensor = tensor.contiguous()
         tensors[name] = (tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
                          if dtype == "bfloat16" else tensor.numpy())
-    return tensors, "torch", unwrapped
+    return TensorFile(
+        tensors, "torch", path, config, unwrapped=unwrapped, choices=choices)
 
 
-def _without_wrapper(
-    tensors: dict[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], tuple[str, ...], tuple[tuple[str, tuple, str], ...]]:
+def _without_wrapper(file: TensorFile) -> TensorFile:
     """Takes off what a wrapping module, compiled or parallel, put before every name, and drops what
     one that averages or pretrains holds beside the model."""
-    tensors, taken, dropped = dict(tensors), (), ()
+    tensors, taken, dropped = dict(file.tensors), file.unwrapped, ()
     if "n_averaged" in tensors and tensors["n_averaged"].ndim == 0:  # PyTorch's AveragedModel
         dropped += (("n_averaged", tensors.pop("n_averaged").shape, "of weight averaging"),)
     for prefix in 2 * _PREFIXES:  # wrapped in either order
@@ -319,7 +325,7 @@ def _without_wrapper(
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
             taken += (prefix,)
-    return tensors, taken, dropped
+    return replace(file, tensors=tensors, unwrapped=taken, dropped=dropped)
 
 
 def _read_json(path: Path, *, missing_ok: bool = False) -> dict | None:

@@ -18,6 +18,7 @@ from vit_jax.models.variants import VARIANTS, canonical_name
 # Ti and S, the paper's B, L and H, and g and G (arXiv 2106.04560).
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_MODEL_TYPES = ("vit", "vit_mae", "vit_msn", "ijepa", "dpt", "flava_image_model")
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "gelu_new": "gelu_tanh"}
 
@@ -57,7 +58,9 @@ def _architecture(config):
     return {"num_heads": fields.get("num_heads"), "activation": "gelu"}
 
 
-def check_architecture(config: Mapping[str, Any] | None, report: LoadReport) -> None:
+def check_architecture(
+    config: Mapping[str, Any] | None, structure: Structure, report: LoadReport
+) -> None:
     """Refuses what differs from a Vision Transformer in none of its tensors, as rotary position
     embeddings do.
 
@@ -65,6 +68,18 @@ def check_architecture(config: Mapping[str, Any] | None, report: LoadReport) -> 
       UserError: a config that names such an architecture.
     """
     config = config or {}
+    kind = config.get("model_type")  # Hugging Face's
+    if kind is not None and kind not in _MODEL_TYPES:
+        raise UserError(
+            f"{report.source}: its config says model_type={kind!r:.80}, which may compute something "
+            f"else from the tensors than a VisionTransformer; known are {', '.join(_MODEL_TYPES)}.")
+    if kind == "ijepa" and structure.pre_logits:
+        raise UserError(f"{report.source}: I-JEPA's pooler reads the first patch, which a "
+                        "VisionTransformer here cannot; save the model without its pooler.")
+    arguments = config.get("model_args") or {}
+    if structure.registers and not structure.class_token and arguments.get("pool_include_prefix"):
+        raise UserError(f"{report.source}: its config says pool_include_prefix, a mean that "
+                        "includes the registers; a VisionTransformer here averages patches alone.")
     if other := _architecture(config).get("other"):
         raise UserError(
             f"{report.source}: its config names {config['architecture']!r:.80}, timm's {other}, "
@@ -103,6 +118,8 @@ def position_embedding(
     """Learned where there is a table. Without one nothing shows; of Google's, only big_vision's
     plain ViTs (arXiv 2205.01580) have none, and they have sincos_2d."""
     if structure.positions:
+        if _is_nameless(config, report):
+            report.assumptions.append("no rotary position embedding beside the table")
         return "learned_1d"
     if ((config or {}).get("model_args") or {}).get("pos_embed") == "none":
         return "none"
@@ -157,7 +174,14 @@ def classifier(
             f"{report.source}: its config says global_pool={pool!r} and it {has} class token; this "
             "model pools the class token where there is one (token), else the patches (avg)."
         )
+    if structure.class_token and pool is None and _is_nameless(config, report):
+        report.assumptions.append("the head reads the class token, not a mean of the patches")
     return mine
+
+
+def _is_nameless(config, report):
+    """Whether this is one of timm's many models, and nothing says which."""
+    return report.dialect == "timm" and not (config or {}).get("architecture")
 
 
 def with_class_slot(
@@ -189,6 +213,30 @@ def with_class_slot(
         params[POSITIONS] = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
         report.resized.append((POSITIONS, positions.shape, params[POSITIONS].shape,
                                "a slot of zeros for the class token"))
+
+
+def without_register_slots(
+    params: dict[str, np.ndarray], structure: Structure, told: tuple[int, int] | None,
+    asked: tuple[int, int] | None, report: LoadReport,
+) -> None:
+    """Adds the positions of registers, which timm's models have unless no_embed_class is set, to
+    the registers, where they come to the same; arguments as of `with_class_slot`."""
+    if not (structure.registers and structure.positions):
+        return
+    positions, registers = params[POSITIONS], params["register_tokens"]
+    first, count = int(structure.class_token), registers.shape[1]
+    patches = positions.shape[1] - first - count
+    others = [math.prod(grid) for grid in (told, asked) if grid]
+    without = {positions.shape[1], positions.shape[1] - first}  # what the patches are otherwise
+    if others:
+        has_slots = patches in others and not without & set(others)
+    else:
+        has_slots = _is_square(patches) and not any(map(_is_square, without))
+    if has_slots:
+        params["register_tokens"] = registers + positions[:, first : first + count]
+        params[POSITIONS] = np.delete(positions, np.s_[first : first + count], axis=1)
+        report.resized.append((POSITIONS, positions.shape, params[POSITIONS].shape,
+                               "the registers' positions added to the registers"))
 
 
 def _is_square(count):
@@ -263,16 +311,15 @@ def preprocessing(
     if timm:
         result |= dict(mean=list(timm.get("mean", IMAGENET_MEAN)),
                        std=list(timm.get("std", IMAGENET_STD)),
-                       interpolation=_interpolation(timm.get("interpolation", "bicubic")))
+                       interpolation=_interpolation(timm.get("interpolation", "bicubic"), report))
         if timm.get("crop_mode", "center") != "squash":
             result |= dict(crop="center_crop",
                            resize=math.floor(min(size) / timm.get("crop_pct", 0.875)))
     elif preprocessor:
-        normalizes = preprocessor.get("do_normalize", True)
-        result |= dict(mean=list(preprocessor.get("image_mean", [0.5] * 3)) if normalizes else 0.0,
-                       std=list(preprocessor.get("image_std", [0.5] * 3)) if normalizes else 1.0,
-                       interpolation={2: "bilinear", 3: "bicubic"}.get(
-                           preprocessor.get("resample", 2), "bilinear"))
+        mean, std = _mean_and_std(preprocessor)
+        filters = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
+        result |= dict(mean=mean, std=std, interpolation=_interpolation(
+            filters[preprocessor.get("resample", 2)], report))
         if preprocessor.get("do_center_crop"):
             result |= dict(crop="center_crop", resize=max(
                 _short_side(preprocessor, report) or min(size), min(size)))
@@ -310,14 +357,39 @@ def _short_side(preprocessor, report):
     return size.get("shortest_edge")
 
 
-def _interpolation(name):
-    return name if name in ("bilinear", "bicubic") else "bicubic"
+def _mean_and_std(preprocessor):
+    """Hugging Face's, of pixels times `rescale_factor`, for pixels in [0, 1]."""
+    mean, std = preprocessor.get("image_mean", [0.5] * 3), preprocessor.get("image_std", [0.5] * 3)
+    if not preprocessor.get("do_normalize", True):
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    factor = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get(
+        "do_rescale", True) else 1
+    if math.isclose(255 * factor, 1, rel_tol=1e-6):
+        return list(mean), list(std)
+    return [x / (255 * factor) for x in mean], [x / (255 * factor) for x in std]
+
+
+def _interpolation(name, report):
+    if name in ("bilinear", "bicubic"):
+        return name
+    report.assumptions.append(f"bicubic resizing in place of the config's {name}")
+    return "bicubic"
+
+
+def loss(config: Mapping[str, Any] | None) -> str | None:
+    """'sigmoid' where Hugging Face's config says that classes do not exclude each other."""
+    multi = (config or {}).get("problem_type") == "multi_label_classification"
+    return "sigmoid" if multi else None
 
 
 def class_names(config: Mapping[str, Any] | None, count: int) -> tuple[str, ...] | None:
     """Names from a timm or Hugging Face config, if it names every class."""
     config = config or {}
-    names = config.get("label_names") or config.get("labels")  # the latter in timm's older files
+    names = (config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+             or config.get("labels"))  # in timm's older files
+    if isinstance(names, dict):
+        numbers = all(str(key).isdecimal() for key in names)
+        names = [names[key] for key in sorted(names, key=int)] if numbers else None
     if config.get("id2label"):
         names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
         if all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):

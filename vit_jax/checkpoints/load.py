@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import operator
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Loaded:
         `model.apply({'params': params}, images, train=False)`.
       metadata: `preprocessing` (image_size, crop, resize, interpolation, antialias, mean, std),
         `class_names` (or None), `position_resize` (the mode, if the position embedding was resized
-        now or for the run; else None), `dialect`, and `loss`, 'softmax' or 'sigmoid' where it is
-        known from a workdir (else None).
+        now or for the run; else None), `dialect`, and `loss`, 'softmax' or 'sigmoid' where a
+        workdir or Hugging Face's problem_type tells (else None).
       report: what happened to every tensor.
     """
 
@@ -317,13 +318,17 @@ def _read_google(file, report, sizes):
 def _read_pytorch(file, library, report, num_heads, sizes):
     report.dialect = library
     report.dropped += file.dropped
+    report.assumptions += file.choices
     tensors = layouts.usual_names(library, file.tensors)
     if len(tensors) < len(file.tensors):
         raise UserError(f"{file.path} holds some tensors twice, under different names.")
     structure = layouts.structure_of(library, tensors)
     if not structure.num_layers:
         raise UserError(f"{file.path} has no Transformer blocks of {library}'s names.")
-    infer.check_architecture(file.config, report)
+    infer.check_architecture(file.config, structure, report)
+    if "fc_norm.weight" in tensors and (file.config or {}).get("global_pool") == "token":
+        # LayerNorm after the class token was picked is LayerNorm before.
+        tensors = {re.sub(r"^fc_norm\.", "norm.", name): x for name, x in tensors.items()}
     if "fc_norm.weight" in tensors:
         raise UserError(
             f"{file.path} normalises after pooling (timm's fc_norm); this model, as Google's, "
@@ -380,11 +385,16 @@ def _contents(params, file, report, sizes):
             problem = f"is {list(params[name].shape)}" if name in params else "does not exist"
             raise UserError(f"{file.path} is no Vision Transformer that is known here: {name} "
                             f"{problem}{'' if name in params else _near(name, params)}.")
+    height, width = params["embedding/kernel"].shape[:2]
+    if height != width:
+        raise UserError(f"{file.path} has patches of {height}x{width} pixels; a VisionTransformer "
+                        "here has square ones.")
     stride = infer.stride(params, structure)
     trained_size, image_size = sizes
     told_grid, asked_grid = (
         None if size is None else (size[0] // stride, size[1] // stride)
-        for size in (infer.told_image_size(file.config) or trained_size, image_size))
+        for size in (trained_size or infer.told_image_size(file.config), image_size))
+    infer.without_register_slots(params, structure, told_grid, asked_grid, report)
     infer.with_class_slot(params, structure, told_grid, asked_grid, report)
     grid = infer.position_grid(params, structure, told_grid, asked_grid, report)
     if grid is None:
@@ -402,7 +412,8 @@ def _contents(params, file, report, sizes):
         params, fields, VisionTransformer, grid,
         infer.preprocessing(
             report.dialect, structure, size, file.config, file.preprocessor, report),
-        infer.class_names(file.config, fields["num_classes"]), report)
+        infer.class_names(file.config, fields["num_classes"]), report,
+        loss=infer.loss(file.config))
 
 
 def _resnet_contents(params, file, report):

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import safetensors
 from vit_jax.errors import UserError
 
 REPORT = "conversion_report.json"  # which every export has
+_OF_EXPORTS = {REPORT, "README.md", "class_names.json", "config.json", "model.safetensors",
+               "preprocessor_config.json"}
 
 
 def check_out(out: Path, target: str, overwrite: bool) -> None:
@@ -34,6 +37,10 @@ def check_out(out: Path, target: str, overwrite: bool) -> None:
     if overwrite and not os.path.isfile(mark):
         raise UserError(f"{out} is no earlier export ({where}), so --overwrite leaves it alone; "
                         "choose another --out.")
+    if overwrite and target != "npz" and (
+            others := sorted(path.name for path in out.iterdir() if path.name not in _OF_EXPORTS)):
+        raise UserError(f"{out} holds more than an earlier export ({', '.join(others[:5])}), which "
+                        "--overwrite would delete; move it away, or choose another --out.")
     if not overwrite:
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
 
@@ -50,27 +57,32 @@ def temporary(out: Path) -> Iterator[Path]:
     Raises:
       UserError: a file cannot be written.
     """
-    path = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    folder = None
     try:
-        yield path
+        folder = Path(tempfile.mkdtemp(prefix=".vit_jax.", suffix=".tmp", dir=out.parent))
+        yield folder / out.name
     except OSError as error:
         raise UserError(f"{error.filename or out} cannot be written: {error.strerror or error}."
                         ) from error
     except safetensors.SafetensorError as error:  # its word for a full disk, for example
         raise UserError(f"{out} cannot be written: {error}.") from error
     finally:
-        remove(path)
+        if folder:
+            remove(folder)
 
 
 def move(temporary: Path, final: Path) -> None:
     """Gives what was written its name, in place of an earlier export."""
-    old = None
-    if final.is_dir() and any(final.iterdir()):  # a directory with contents cannot be replaced
-        old = final.with_name(f".{final.name}.{os.getpid()}.old")
-        final.replace(old)
-    temporary.replace(final)
-    if old:
-        remove(old)
+    if not (final.is_dir() and any(final.iterdir())):
+        temporary.replace(final)
+        return
+    old = temporary.with_name(f"{final.name}.old")  # a directory with contents cannot be replaced
+    final.replace(old)
+    try:
+        temporary.replace(final)
+    except OSError:
+        old.replace(final)
+        raise
 
 
 def name_of_failure(out: Path) -> Path:

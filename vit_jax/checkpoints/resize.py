@@ -111,7 +111,8 @@ def adapt_input_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """Makes a first convolution take another number of channels (timm's `adapt_input_conv`).
 
     One channel gets the sum, as if a grey image were shown as colours. Otherwise the channels are
-    repeated in order and scaled by C/channels, which keeps the response to a grey image.
+    repeated in order and scaled by C/channels, which keeps the response to a grey image where
+    `channels` is a multiple of C.
 
     Args:
       kernel: [p, q, C, D].

@@ -167,14 +167,14 @@ def _mlp_ratio(width, hidden):
 
 def config_files(
     target: str, model: nn.Module, size: tuple[int, int], channels: int,
-    preprocessing: Mapping[str, Any], class_names: tuple[str, ...] | None,
+    preprocessing: Mapping[str, Any], class_names: tuple[str, ...] | None, loss: str | None,
 ) -> dict[str, dict[str, Any]]:
     """File name -> contents, as JSON, of what lies beside the weights."""
     if target == "timm":
         return {"config.json": _timm_config(model, size, channels, preprocessing, class_names)}
     if target == "torchvision":
         return {"config.json": _torchvision_config(model, size, preprocessing, class_names)}
-    return {"config.json": _hf_config(model, size, channels, class_names),
+    return {"config.json": _hf_config(model, size, channels, class_names, loss),
             "preprocessor_config.json": _hf_preprocessor(size, channels, preprocessing)}
 
 
@@ -234,7 +234,7 @@ def _per_channel(value, channels):
     return [float(x) for x in values]
 
 
-def _hf_config(model, size, channels, class_names):
+def _hf_config(model, size, channels, class_names, loss):
     side = size[0] if size[0] == size[1] else list(size)
     config = {
         "architectures": ["ViTForImageClassification" if model.num_classes else "ViTModel"],
@@ -257,6 +257,8 @@ def _hf_config(model, size, channels, class_names):
         names = class_names or [f"LABEL_{i}" for i in range(model.num_classes)]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
+        if loss == "sigmoid":
+            config["problem_type"] = "multi_label_classification"
     elif model.representation_size is not None:
         config |= {"pooler_output_size": model.representation_size, "pooler_act": "tanh"}
     return config
