@@ -9,10 +9,10 @@ measured yet. The short one, for two CPU cores:
     python -m vit_jax.main --config=configs/cifar10.py:cpu --workdir=runs/cifar10_cpu \\
         --config.data.dir=DIRECTORY_OF_TFDS_DATASETS
 
-It reached 54.9% of the 10,000 test images after its three epochs, on CIFAR-10 re-encoded as JPEG of
-quality 75; 28 minutes on two cores that were busy with other work too.
+It reached 54.9% accuracy on the 10,000 test images after its three epochs, on CIFAR-10 re-encoded
+as JPEG of quality 75, in 28 minutes on two cores that were busy with other work too.
 
-The data must be prepared in ArrayRecord form; README says how.
+The data must be prepared in ArrayRecord format; docs/data.md says how.
 """
 
 from vit_jax.config import base_config

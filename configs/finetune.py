@@ -14,7 +14,7 @@ The argument is MODEL,DATA. MODEL is a variant such as B/16. DATA is one of the 
     pets             500  100     0.001, 0.003, 0.01, 0.03
     flowers          500  100     0.001, 0.003, 0.01, 0.03
     vtab:NAME      2,500  500     0.01
-    folder:PATH      500  100     none; that of pets is taken
+    folder:PATH      500  100     none; the default is that of pets
 
 The first rate that Google's code or big_vision recommends is the default; try the others with
 --config.optimizer.learning_rate. The warmups are Google's and big_vision's (the paper gives none).
@@ -74,7 +74,7 @@ def get_config(argument: str = ""):
     """`argument` is MODEL,DATA; see above."""
     variant, comma, data = argument.partition(",")
     if not comma or not variant or not data:
-        raise UserError("say which model and data: --config=configs/finetune.py:B/16,cifar10")
+        raise UserError("name a model and a data set: --config=configs/finetune.py:B/16,cifar10")
     try:
         variant = canonical_name(variant)
     except ValueError as error:
@@ -118,4 +118,4 @@ def _row(data):
         return Row(f"tfds:{name}", "train[:1000]", "test", 2_500, 500, 0.01)
     known = [*ROWS, "vtab:NAME", "folder:PATH"]
     raise UserError(
-        f"unknown data {data!r}{did_you_mean(data, known)} Known are {', '.join(known)}.")
+        f"unknown data set {data!r}{did_you_mean(data, known)} The choices are {', '.join(known)}.")

@@ -6,10 +6,10 @@
         --workdir=runs/masked_finetuned --config.init=runs/masked \\
         --config.data.dir=DIRECTORY_OF_TFDS_DATASETS
 
-The argument is MODEL[,SOURCE]: any Transformer or hybrid, and images whose labels nothing reads
-(tfds:imagenet2012 unless given). Half of the patch embeddings are corrupted (80% become the mask
-token, 10% another patch's embedding, 10% stay) and the 3-bit mean colour of each is predicted. The
-other two targets, and the corruption, that the paper tried:
+The argument is MODEL[,SOURCE]: any Transformer or hybrid, and a data source (tfds:imagenet2012
+unless given), whose labels are not used. Half of the patch embeddings are corrupted (80% become the
+mask token, 10% another patch's embedding, 10% stay) and the 3-bit mean colour of each is predicted.
+Other targets, and another corruption rate, that the paper tried:
 
     --config.masked.target=downsized_colors    16 colours of every patch
     --config.masked.target=pixels              all of its pixels, by their squared error
@@ -28,7 +28,7 @@ supervised pretraining); not run here. The short form, for two CPU cores, on CIF
     python -m vit_jax.main --config=configs/masked_patches.py:cpu --workdir=runs/masked_cpu \\
         --config.data.dir=DIRECTORY_OF_TFDS_DATASETS
 
-is the model of configs/cifar10.py:cpu; docs/masked_patches.md has what it gained.
+trains the model of configs/cifar10.py:cpu; docs/masked_patches.md has the results.
 """
 
 from vit_jax.config import base_config
@@ -40,7 +40,7 @@ def get_config(argument: str = ""):
     """`argument` is MODEL[,SOURCE] or cpu; see above."""
     model, _, source = argument.partition(",")
     if not model:
-        raise UserError("say which model: --config=configs/masked_patches.py:B/16")
+        raise UserError("name a model: --config=configs/masked_patches.py:B/16")
     config = base_config()
     config.task = "masked_patches"
     config.optimizer.name = "adam"

@@ -10,19 +10,20 @@ The second reads a folder with train/ and val/ instead of TFDS. The argument is 
 is Ti/16, S/32, S/16, B/32, B/16 or L/16. RECIPE is one of
 
     90, 150, 300  epochs of the plain recipe (big_vision's configs/vit_s16_i1k.py): batch 1,024,
-                  softmax, mean of the patches, fixed 2-D position embedding, RandAugment, mixup
+                  softmax, global average pooling, fixed 2-D position embedding, RandAugment, mixup
     augreg        300 epochs of big_vision's configs/vit_i1k.py: batch 4,096, sigmoid, class token,
-                  augmentation by size
+                  augmentation that depends on the model size
 
-The last 1% of the training images is left out, to choose settings on:
+The last 1% of the training images is held out for tuning:
 --config.data.eval_split='train[99%:]'. Out of memory? Set --config.accumulation_steps=8. AugReg
 found that B and L gain from --config.model.dropout_rate=0.1
 --config.model.stochastic_depth_rate=0.1, which big_vision's config leaves out.
 
-Not as in big_vision: computation in bfloat16; large crops are decoded smaller (see docs/data.md;
---config.data.scaled_decode=false as there); evaluation shrinks images bilinearly (there by area);
-mixup draws a weight for every image (there one for each device); in augreg position embeddings
-start with a deviation of 0.02 (there 1 / sqrt(width)) and the class token has one.
+Differences from big_vision: computation is in bfloat16; large crops are decoded at a reduced size
+(see docs/data.md; --config.data.scaled_decode=false turns that off); evaluation shrinks images
+bilinearly (there by area); mixup draws one weight per image (there per device); in augreg the
+position embeddings are initialised with a standard deviation of 0.02 (there 1 / sqrt(width)), and
+the class token has one too.
 
 Published, in % of the validation images; not run here:
 
@@ -31,7 +32,7 @@ Published, in % of the validation images; not run here:
     S/16,300          80.0   the same; a PyTorch copy: 79.75 +- 0.07 (github.com/EIFY/mup-vit, #6)
     B/16,augreg  about 79    github.com/google-research/big_vision, issue 7
 
-Nothing is published of the other combinations.
+No results have been published for the other combinations.
 """
 
 from vit_jax.config import base_config
@@ -52,7 +53,7 @@ def get_config(argument: str = ""):
     """`argument` is MODEL,RECIPE; see above."""
     model, _, recipe = argument.partition(",")
     if not model or not recipe:
-        raise UserError("say which model and recipe: --config=configs/pretrain_i1k.py:S/16,90")
+        raise UserError("name a model and a recipe: --config=configs/pretrain_i1k.py:S/16,90")
     try:
         model = canonical_name(model)
     except ValueError as error:
@@ -60,7 +61,7 @@ def get_config(argument: str = ""):
     if model not in AUGREG:
         raise UserError(f"there is no recipe for {model}, only for {', '.join(AUGREG)}.")
     if recipe not in RECIPES:
-        raise UserError(f"unknown recipe {recipe!r}{did_you_mean(recipe, RECIPES)} Known are "
+        raise UserError(f"unknown recipe {recipe!r}{did_you_mean(recipe, RECIPES)} The choices are "
                         f"{', '.join(RECIPES)}.")
 
     config = base_config()

@@ -5,11 +5,11 @@
     python -m vit_jax.main --config=configs/pretrain_i21k.py:S/16,folder:/data/imagenet21k \\
         --workdir=runs/s16_i21k_30ep --config.epochs=30
 
-The argument is MODEL or MODEL,SOURCE. TFDS has no public builder of ImageNet-21k: the default
-source, tfds:imagenet21k, is a data set of that name with one split `full`, which you prepared in
-ArrayRecord form yourself. Any other SOURCE is read with its own splits; a folder should hold train/
-and val/. 300 epochs are the paper's long schedule, --config.epochs=30 its short one. Out of memory?
-Set --config.accumulation_steps=8.
+The argument is MODEL or MODEL,SOURCE. TFDS has no public builder for ImageNet-21k: the default
+source, tfds:imagenet21k, is a data set of that name with one split `full`, which you have to
+prepare in ArrayRecord format yourself. Any other SOURCE is read with its own splits; a folder
+should hold train/ and val/. 300 epochs are the paper's long schedule, --config.epochs=30 its short
+one. Out of memory? Set --config.accumulation_steps=8.
 
 The first six models are those of big_vision's configs/vit_i21k.py, whose augmentation is a
 compromise between 30 and 300 epochs. The others have what the names of Google's recommended files
@@ -32,11 +32,12 @@ Google's recommended files after fine-tuning at 384 (README of
 github.com/google-research/vision_transformer); each was chosen among 28 settings, so not all of
 them are the ones above. Not run here.
 
-Not as in big_vision: computation in bfloat16; large crops are decoded smaller (see docs/data.md;
---config.data.scaled_decode=false as there); evaluation shrinks images bilinearly (there by area);
-mixup draws a weight for every image (there one for each device); position embeddings start with a
-deviation of 0.02 (there 1 / sqrt(width)). Like big_vision's config, and unlike the published files,
-the models average the patches; --config.model.classifier=token gives them a class token.
+Differences from big_vision: computation is in bfloat16; large crops are decoded at a reduced size
+(see docs/data.md; --config.data.scaled_decode=false turns that off); evaluation shrinks images
+bilinearly (there by area); mixup draws one weight per image (there per device); position embeddings
+are initialised with a standard deviation of 0.02 (there 1 / sqrt(width)). Like big_vision's config,
+and unlike the published files, the models use global average pooling;
+--config.model.classifier=token gives them a class token.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ def get_config(argument: str = ""):
     """`argument` is MODEL[,SOURCE]; see above."""
     model, _, source = argument.partition(",")
     if not model:
-        raise UserError("say which model: --config=configs/pretrain_i21k.py:B/16")
+        raise UserError("name a model: --config=configs/pretrain_i21k.py:B/16")
     try:
         model = canonical_name(model)
     except ValueError as error:

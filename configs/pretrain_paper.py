@@ -7,9 +7,9 @@
 
 The argument is ROW or ROW,SOURCE. ROW is MODEL-DATA-EPOCHS, one of ROWS below. JFT-300M is not
 public, so `jft` needs a SOURCE of your own. i21k is tfds:imagenet21k, a data set with one split
-`full` that you prepared in ArrayRecord form yourself (TFDS has no public builder of it), and i1k
-tfds:imagenet2012. Any other SOURCE is read with its own splits; a folder should hold train/ and
-val/. Out of memory? Set --config.accumulation_steps=8, --config.mesh.fsdp=8 or
+`full` that you have to prepare in ArrayRecord format yourself (TFDS has no public builder for it),
+and i1k is tfds:imagenet2012. Any other SOURCE is read with its own splits; a folder should hold
+train/ and val/. Out of memory? Set --config.accumulation_steps=8, --config.mesh.fsdp=8 or
 --config.model.remat=full.
 
 Published, the accuracy on ImageNet after fine-tuning at 384, in % (Tables 5 and 6), not run here:
@@ -37,9 +37,9 @@ github.com/google-research/vision_transformer):
 
 L/16 took 230 TPUv3-core-days on i21k and 680 on jft, H/14 2,500 on jft (Table 2).
 
-What the paper does not say is, by its authors (issues 2 and 34 there): crops and flips as in
-fine-tuning; in the head a hidden layer (`representation_size`); for i21k sigmoid cross-entropy, an
-initial bias of -10, and a linear decay that ends at 1e-5. And it is chosen here:
+The paper's authors have since clarified (issues 2 and 34 there): crops and flips are those of
+fine-tuning; the head has a hidden layer (`representation_size`); i21k uses sigmoid cross-entropy,
+an initial bias of -10, and a linear decay that ends at 1e-5. Chosen here:
 
   - jft as i21k; sigmoid for i1k too, with the initial bias of big_vision's configs/vit_i1k.py.
   - Weight decay is decoupled and multiplied by the learning rate: the Adam of the Flax of that time
@@ -121,10 +121,10 @@ def get_config(argument: str = ""):
     """`argument` is ROW[,SOURCE]; see above."""
     row, _, source = argument.partition(",")
     if not row:
-        raise UserError("say which row: --config=configs/pretrain_paper.py:B/16-i1k-300ep")
+        raise UserError("name a row: --config=configs/pretrain_paper.py:B/16-i1k-300ep")
     if row not in ROWS:
         raise UserError(
-            f"unknown row {row!r}{did_you_mean(row, ROWS)} Known are {', '.join(ROWS)}.")
+            f"unknown row {row!r}{did_you_mean(row, ROWS)} The rows are {', '.join(ROWS)}.")
     model, data_name, epochs = row.rsplit("-", 2)
     data = DATA[data_name]
     if not source and not data.source:

@@ -2,9 +2,10 @@
 
     python -m vit_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-It ends with 98.1 to 98.6% of the 360 test images right (measured with --config.seed=0, 1, 2 and 3
-on two CPU cores without AVX-512; others round sums otherwise). The data come with scikit-learn, so
-nothing is downloaded. The 8x8 images are enlarged to 16x16 and cut into 16 patches of 4x4 pixels.
+It reaches 98.1 to 98.6% accuracy on the 360 test images (measured with --config.seed=0, 1, 2 and 3
+on two CPU cores without AVX-512; other CPUs round sums differently). The data come with
+scikit-learn, so nothing is downloaded. The 8x8 images are enlarged to 16x16 and cut into 16 patches
+of 4x4 pixels.
 """
 
 from vit_jax.config import base_config

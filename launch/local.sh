@@ -3,10 +3,10 @@
 #
 #   launch/local.sh --config=configs/quickstart.py --workdir=runs/quickstart [--config.key=value ...]
 #
-# Exit code 75 means that the run was told to stop (SIGTERM) and has saved; with RESTART=1 it is
-# started again, for as long as that is how it ends and the script itself was not told to stop, which
-# it passes on. PRESET=hopper (or another file of launch/env) sets what makes XLA and NCCL faster
-# there.
+# Exit code 75 means that the run was stopped by SIGTERM and has saved. With RESTART=1 the script
+# starts it again whenever it exits with 75, unless the script itself was told to stop; it forwards
+# that signal to the run. PRESET=hopper (or another file of launch/env) applies XLA and NCCL settings
+# for that hardware.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 

@@ -3,7 +3,7 @@
 #
 #   launch/processes.sh 2 --config=configs/quickstart.py --workdir=runs/two [--config.key=value ...]
 #
-# Each process has DEVICES (2) simulated devices. Process 0 speaks here; the errors of the others go
+# Each process has DEVICES (2) simulated devices. Process 0 prints here; the output of the others goes
 # to LOGS (a new temporary folder). Ctrl-C and SIGTERM make all of them save and stop. The exit code
 # is 0 if all succeeded, 75 if all stopped and saved, else that of the first to fail; the others
 # then have GRACE (120) seconds to notice before they are killed.

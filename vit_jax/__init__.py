@@ -2,7 +2,7 @@
 
 import os
 
-# TFDS and Orbax reach files through etils, which takes TensorFlow for it where that is installed,
+# TFDS and Orbax access files through etils, which imports TensorFlow for that if it is installed:
 # seconds and gigabytes that nothing here needs. It decides at first use, so this comes first.
 os.environ.setdefault("EPATH_USE_TF", "false")
 

@@ -136,8 +136,8 @@ def _chart(flags):
 def _parse(arguments) -> argparse.Namespace:
     parser = cli.ArgumentParser(
         prog="python -m vit_jax.benchmark",
-        description="Measures this machine, and with --against other libraries on the same work in "
-        "the same run, in turns.",
+        description="Benchmarks this machine, and with --against also other libraries, alternately "
+        "on the same workload in the same run.",
         epilog="--config.KEY=VALUE sets dtype, mesh, remat, ... as for vit_jax.main:\n"
         "  python -m vit_jax.benchmark --what=train --variants=S/16,B/16 --against=timm\n"
         "  python -m vit_jax.benchmark --what=train --variants=B/16 --batch_sizes=largest "
@@ -146,21 +146,21 @@ def _parse(arguments) -> argparse.Namespace:
     )
     parser.add_argument("--what", choices=_AGAINST, required=True,
                         help="training steps, inference, the input pipeline, asynchronous "
-                        "checkpoints, or the way from the command to the first step")
+                        "checkpoints, or the time from the command to the first step")
     parser.add_argument("--variants", metavar="V[,V]", default="",
                         help="models (S/16); with --what=input, also trains them on the pipeline")
     parser.add_argument("--batch_sizes", metavar="N[,N]", default="16",
-                        help="images (16), or 'largest' for what fits an accelerator")
+                        help="images per batch (16), or 'largest': as many as fit an accelerator")
     parser.add_argument("--against", metavar="PEER[,PEER]", default="",
                         help=", ".join(PEERS))
     parser.add_argument("--rounds", metavar="N", type=int, default=7,
                         help="how often each side is measured (7); the median counts")
     parser.add_argument("--seconds", metavar="S", type=float,
-                        help=f"about how long a side works in a round ({_SECONDS:g})")
+                        help=f"approximate time per side and round ({_SECONDS:g})")
     parser.add_argument("--profile", action="store_true",
                         help="also trace a step, and say which parts of the model take its time")
-    parser.add_argument("--images", metavar="DIR", help="photos (JPEG) to decode; default: made "
-                        "ones of 500x375")
+    parser.add_argument("--images", metavar="DIR", help="photos (JPEG) to decode; default: "
+                        "synthetic ones of 500x375")
     parser.add_argument("--peer_python", metavar="PATH", default=sys.executable,
                         help="a Python that has the other libraries; default: this one")
     parser.add_argument("--out", metavar="DIR", help="where to write JSON, CSV and a chart")
@@ -183,8 +183,8 @@ def _batch_sizes(flags):
     sizes = flags.batch_sizes.split(",")
     for text in sizes:
         if not (text.isdecimal() and int(text)):
-            alone = ", nor 'largest' alone" if flags.what in ("train", "infer") else ""
-            raise UserError(f"--batch_sizes={text} is no number of images{alone}.")
+            alone = ", nor just 'largest'" if flags.what in ("train", "infer") else ""
+            raise UserError(f"--batch_sizes={text} is not a number of images{alone}.")
     return [int(text) for text in sizes]
 
 
@@ -193,8 +193,8 @@ def _check(flags, overrides, against):
     for name in against:
         if name not in _AGAINST[flags.what]:
             possible = ", ".join(_AGAINST[flags.what]) or "nothing"
-            raise UserError(f"--against={name} does not go with --what={flags.what}; "
-                            f"{possible} does.")
+            raise UserError(f"--against={name} cannot be used with --what={flags.what}, only "
+                            f"{possible}.")
     if flags.images and flags.what != "input":
         raise UserError("--images is for --what=input.")
     if flags.seconds and flags.what in ("checkpoint", "startup"):
@@ -210,7 +210,7 @@ def _check(flags, overrides, against):
         for keys, who in followed:
             if not any(fnmatch.fnmatchcase(key, pattern) for pattern in keys):
                 raise UserError(f"--config.{key} has no effect on {who}; leave it out. "
-                                f"These have one: {', '.join(keys)}.")
+                                f"The keys that have an effect: {', '.join(keys)}.")
 
 
 def _config(
@@ -244,8 +244,8 @@ def _measure_model(flags, overrides, variant, batch_size, against):
         for name, peer in peers.items():
             if peer.about["parameters"] != work.parameters:
                 raise UserError(
-                    f"--against={name} has another {variant}, of {peer.about['parameters']:,} "
-                    f"parameters, and here it has {work.parameters:,}; leave it out.")
+                    f"--against={name} builds a {variant} with {peer.about['parameters']:,} "
+                    f"parameters, but ours has {work.parameters:,}; leave it out.")
         products = {" x ".join(map(str, shape)): models.matmul(shape, config.dtype)
                     for shape in models.matmul_shapes()}
         sides = {"vit_jax": work.run} | {name: peer.run for name, peer in peers.items()}
@@ -327,8 +327,8 @@ def _task(what, config, variant):
 def _measure_largest(flags, overrides, variant, _, against):
     platform, shards = capacity.devices()
     if platform == "cpu":
-        raise UserError(f"--batch_sizes={LARGEST} needs an accelerator; a CPU's memory is shared, "
-                        "and what fits is not for one process to find out.")
+        raise UserError(f"--batch_sizes={LARGEST} needs an accelerator; a CPU's memory is shared "
+                        "with other processes, so what fits is not well defined.")
     if against:
         _check_one_device(platform, shards)
     tries = {}

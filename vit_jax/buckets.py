@@ -17,6 +17,6 @@ def refuse_bucket(what: str, path: str) -> None:
     """
     if match := _URL.match(path):
         raise UserError(
-            f"{what}={match[1]}://{path[match.end():]} is an address, but only the file system is "
-            "read and written; give a path on a disk or, to read data, in a mounted bucket "
+            f"{what}={match[1]}://{path[match.end():]} is a URL, but only paths in the file system "
+            "are supported; give a path on a disk or, to read data, in a mounted bucket "
             "(gcsfuse, mountpoint-s3; see docs/data.md).")

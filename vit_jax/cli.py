@@ -27,7 +27,7 @@ from vit_jax.config_keys import FIELDS
 from vit_jax.errors import UserError
 from vit_jax.host_memory import keep_freed_memory
 
-# Process 0 ends last: without it the others are cut off before they can say what they failed of.
+# Process 0 exits last: otherwise the others are killed before they can report why they failed.
 _LAST_WORDS_SECONDS = 2
 EXIT_SAVED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; run the same command again
 
@@ -37,7 +37,7 @@ class Stopped(Exception):
 
     def __init__(self, number: signal.Signals, step: int):
         done = f"after step {step}, which is saved" if step else "before the first step"
-        super().__init__(f"Stopped by {number.name} {done}; the same command continues.")
+        super().__init__(f"Stopped by {number.name} {done}; run the same command to continue.")
         self.exit_code = EXIT_SAVED if number == signal.SIGTERM else 128 + number
 
 
@@ -158,7 +158,7 @@ def call_in_file(
         module = runpy.run_path(str(file))
         if name not in module:
             what = name.removeprefix("get_")
-            raise UserError(f"it defines no {name}() that returns a {what}.")
+            raise UserError(f"it does not define {name}(), which must return a {what}.")
         arguments = (config_argument,) if separator else ()
         _check_call(module[name], arguments, file)
         result = module[name](*arguments)
@@ -182,7 +182,7 @@ def _check_call(function, arguments, file):
         given = f"the arguments {arguments[0]!r}" if arguments else "no arguments"
         right = f"{file}" if arguments else f"{file}:ARGS"
         raise UserError(
-            f"{function.__name__}{signature} cannot be called with {given}; write --config={right}."
+            f"{function.__name__}{signature} cannot be called with {given}; use --config={right}."
         ) from None
 
 
@@ -205,9 +205,10 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: dict[str, str]
 def add_weights_flags(parser: argparse.ArgumentParser) -> None:
     """`--best` and `--ema`: which weights of a workdir a command takes."""
     parser.add_argument("--best", action="store_true",
-                        help="of a workdir, the checkpoint of the highest accuracy, not the last")
+                        help="for a workdir: load the checkpoint with the highest accuracy instead "
+                        "of the last one")
     parser.add_argument("--ema", action="store_true",
-                        help="of a workdir, the averaged weights (config.ema_decay)")
+                        help="for a workdir: load the EMA weights (config.ema_decay)")
 
 
 def weights_options(flags: argparse.Namespace) -> dict[str, Any]:
@@ -223,8 +224,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
-        raise UserError(f"--shard={text} is not I/N, a part from 0 to N - 1 and the number of "
-                        "parts: the parts of two are 0/2 and 1/2.")
+        raise UserError(f"--shard={text} is not I/N with I from 0 to N - 1; for example, the two "
+                        "parts of N=2 are 0/2 and 1/2.")
     return int(match[1]), int(match[2])
 
 

@@ -164,7 +164,7 @@ def _convert(path, field, type_, value):
 
 
 def _type_name(field: Field) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text",
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string",
              tuple: "a list"}
     name = names[field.type]
     if field.type is tuple:
@@ -224,10 +224,11 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
                     "model.head_bias_init"):
             section, name = key.split(".")
             if config[section][name] != (default := FIELDS[key].default):
-                raise UserError(f"config.{key}={config[section][name]} is for classes, which "
-                                f"config.task='masked_patches' has not; leave it at {default}.")
+                raise UserError(f"config.{key}={config[section][name]} only applies to "
+                                "classification, not to config.task='masked_patches'; leave it at "
+                                f"{default}.")
     if config.model.scan_unroll and not config.model.scan_layers:
-        raise UserError("config.model.scan_unroll=true is for config.model.scan_layers=true; set "
+        raise UserError("config.model.scan_unroll=true requires config.model.scan_layers=true; set "
                         "that too.")
     if config.mesh.data == 0:
         raise UserError("config.mesh.data=0 must be -1 (all devices that are left) or at least 1.")
@@ -253,12 +254,12 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         )
     if config.ema_decay == 0:
         raise UserError(
-            "config.ema_decay=0 would average nothing; use none for no averaged weights, or a "
+            "config.ema_decay=0 would average nothing; use none to keep no EMA weights, or a "
             "factor such as 0.9999."
         )
     if config.optimizer.clip_norm == 0:
         raise UserError(
-            "config.optimizer.clip_norm=0 would clip every gradient to nothing; use none for no "
+            "config.optimizer.clip_norm=0 would clip every gradient to zero; use none to disable "
             "clipping."
         )
     if config.parallelism == "pmap" and (config.mesh.fsdp, config.mesh.tensor) != (1, 1):

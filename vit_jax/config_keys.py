@@ -39,10 +39,10 @@ def _model(type_, help_, **kwargs):
 
 
 FIELDS: dict[str, Field] = {
-    "seed": Field(0, int, "of everything random: initialisation, data order, augmentation, dropout",
+    "seed": Field(0, int, "random seed of initialisation, data order, augmentation and dropout",
                   minimum=0, maximum=2**32 - 1),  # JAX drops higher bits
-    "task": Field("classification", str, "what is learned: the classes, or without them what "
-                  "masked patches look like (self-supervision, the paper's appendix B.1.2)",
+    "task": Field("classification", str, "training objective: classification, or masked patch "
+                  "prediction without labels (the paper's appendix B.1.2)",
                   choices=("classification", "masked_patches")),
     "total_steps": Field(None, int, "optimizer updates; give this or epochs", optional=True,
                          minimum=1, maximum=_MAX_STEPS),
@@ -51,32 +51,35 @@ FIELDS: dict[str, Field] = {
     "batch_size": Field(512, int, "images per update, over all devices and processes", minimum=1),
     "eval_batch_size": Field(None, int, "images per evaluation step; None: batch_size",
                              optional=True, minimum=1),
-    "accumulation_steps": Field(1, int, "parts a batch is computed in, one after another",
+    "accumulation_steps": Field(1, int, "gradient accumulation: micro-batches per batch",
                                 minimum=1),
     "log_every": Field(50, int, "steps between progress lines and entries of metrics.jsonl",
                        minimum=1),
     "eval_every": Field(1000, int, "steps between evaluations; 0: only at the end", minimum=0),
     "checkpoint_every": Field(1000, int, "steps between checkpoints; 0: only the best and the last",
                               minimum=0),
-    "ema_decay": Field(None, float, "keeps averaged weights, moved towards the trained ones by 1 - "
-                       "this factor an update (update t: at most (1 + t) / (10 + t)); they are "
-                       "evaluated too (eval_ema/*)",
+    "ema_decay": Field(None, float, "decay of an exponential moving average of the weights, which "
+                       "is evaluated too (eval_ema/*); limited to (1 + t) / (10 + t) at update t",
                        optional=True, minimum=0, maximum=0.9999999),
     "profile_steps": Field(None, tuple, "(first, last): steps that the profiler records into "
                            "WORKDIR/profile", optional=True, item=int, length=2, minimum=1),
-    "dtype": Field("float32", str, "of the computation; parameters are always float32",
+    "dtype": Field("float32", str, "type of the computation; parameters are always float32",
                    choices=("float32", "bfloat16")),
     "parallelism": Field("jit", str, "'jit' over the mesh, or 'pmap' (data parallel only)",
                          choices=("jit", "pmap")),
-    "mesh.data": Field(-1, int, "devices that split the batch; -1: all that are left", minimum=-1),
-    "mesh.fsdp": Field(1, int, "devices that split batch, parameters and optimizer state",
-                       minimum=1),
-    "mesh.tensor": Field(1, int, "devices that split heads and MLP hidden layers", minimum=1),
+    "mesh.data": Field(-1, int, "size of the data-parallel axis; -1: all remaining devices",
+                       minimum=-1),
+    "mesh.fsdp": Field(1, int, "size of the FSDP axis, which shards batch, parameters and "
+                       "optimizer state", minimum=1),
+    "mesh.tensor": Field(1, int, "size of the tensor-parallel axis, which shards attention heads "
+                         "and MLP hidden layers", minimum=1),
     "init": Field(None, str, "checkpoint to start from: a file, directory, workdir or name "
                   "(augreg:B/16)", optional=True),
-    "init_head": Field("auto", str, "'auto' keeps its head if the classes agree",
+    "init_head": Field("auto", str, "'auto' keeps the head of the init checkpoint if the classes "
+                       "agree; 'reset' always starts with a new one",
                        choices=("auto", "reset")),
-    "init_position_resize": Field("corner_aligned", str, "how its position embedding changes size",
+    "init_position_resize": Field("corner_aligned", str, "how the position embedding of the init "
+                                  "checkpoint is resized",
                                   choices=POSITION_MODES),
     #
     "model.variant": Field("S/16", str, "a name such as B/16, R50+B/16 or R50x1"),
@@ -96,15 +99,16 @@ FIELDS: dict[str, Field] = {
     "model.position_embedding_at": _model(
         str, "where it is added: once, in every layer, or the same one in every layer",
         choices=MODEL_CHOICES["position_embedding_at"]),
-    "model.dropout_rate": _model(float, "dropout after every dense layer but q, k, v",
+    "model.dropout_rate": _model(float, "dropout after every dense layer except q, k, v",
                                  minimum=0, maximum=0.99),
     "model.attention_dropout_rate": _model(float, "dropout of attention weights",
                                            minimum=0, maximum=0.99),
-    "model.stochastic_depth_rate": _model(float, "probability to skip a branch of the last block",
+    "model.stochastic_depth_rate": _model(float, "probability of skipping a residual branch of the "
+                                          "last block; grows linearly from 0 in the first",
                                           minimum=0, maximum=0.99),
     "model.scan_layers": _model(bool, "compile one block and loop over it"),
-    "model.scan_unroll": _model(bool, "parameters as for scan_layers, but no loop (GPUs train so "
-                                "where scan_layers is None)"),
+    "model.scan_unroll": _model(bool, "stack the parameters as scan_layers does, but unroll the "
+                                "loop (the default on GPUs if scan_layers is None)"),
     "model.remat": _model(str, "what the backward pass recomputes to save memory",
                           choices=MODEL_CHOICES["remat"]),
     "model.attention_implementation": _model(
@@ -122,7 +126,7 @@ FIELDS: dict[str, Field] = {
     "data.eval_split": Field(None, str, "None: the source's own", optional=True),
     "data.image_size": Field(224, int, "pixels per side of the model's input, or (height, width)",
                              minimum=1, item=int, length=2),
-    "data.workers": Field(None, int, "how many decode ahead; 0: none; None: one per core",
+    "data.workers": Field(None, int, "workers that decode ahead; 0: none; None: one per core",
                           optional=True, minimum=0),
     "data.worker_kind": Field("auto", str, "'thread', 'process' or 'auto': processes for files, "
                               "threads for pixels in memory; see docs/data.md",
@@ -146,7 +150,7 @@ FIELDS: dict[str, Field] = {
                                  "becomes noise, as timm's mode 'pixel'", minimum=0, maximum=1),
     "data.mixup": Field(0.0, float, "alpha of the Beta distribution that mixup draws every image's "
                         "weight from; 0: no mixup", minimum=0),
-    "data.cutmix": Field(0.0, float, "the same for CutMix; with both, each image takes one of them",
+    "data.cutmix": Field(0.0, float, "the same for CutMix; with both, each image gets one of them",
                          minimum=0),
     "data.eval_crop": Field("squash", str, "'squash' (the whole image, Google's code) or "
                             "'center_crop' (resize the short side, crop)",
@@ -156,18 +160,18 @@ FIELDS: dict[str, Field] = {
     "data.interpolation": Field("bilinear", str, "of every resize",
                                 choices=("bilinear", "bicubic")),
     "data.antialias": Field(False, bool, "low-pass filter when shrinking; False as Google's code"),
-    "data.mean": Field(None, float, "of pixels in [0, 1], one or (R, G, B), subtracted from them; "
-                       "None: that of the init checkpoint, else 0.5",
+    "data.mean": Field(None, float, "mean for normalising pixels in [0, 1], one number or "
+                       "(R, G, B); None: that of the init checkpoint, else 0.5",
                        optional=True, item=float, length=3),
-    "data.std": Field(None, float, "that pixels are then divided by", optional=True,
-                      minimum=1e-6, item=float, length=3),
-    "data.on_bad_image": Field("error", str, "what an undecodable image does",
+    "data.std": Field(None, float, "standard deviation for normalising pixels, likewise",
+                      optional=True, minimum=1e-6, item=float, length=3),
+    "data.on_bad_image": Field("error", str, "what to do about an image that cannot be decoded",
                                choices=("error", "skip")),
     "data.max_pixels": Field(100_000_000, int, "largest image that is decoded, in pixels",
                              minimum=1),
     #
-    "masked.target": Field("mean_color", str, "predicted of every corrupted patch: its mean colour "
-                           "in 3 bits a channel, that of its 4x4 cells, or all pixels",
+    "masked.target": Field("mean_color", str, "what is predicted for every corrupted patch: its "
+                           "mean colour in 3 bits a channel, those of its 4x4 cells, or its pixels",
                            choices=TARGETS),
     "masked.rate": Field(0.5, float, "share of the patches that are corrupted", minimum=0.01,
                          maximum=1),
@@ -181,7 +185,7 @@ FIELDS: dict[str, Field] = {
     "probes.source": Field(None, str, "as data.source, with its own splits; None: the run's data",
                            optional=True),
     #
-    "loss.name": Field("softmax", str, "cross-entropy over classes, or of every class for itself",
+    "loss.name": Field("softmax", str, "softmax cross-entropy, or sigmoid cross-entropy per class",
                        choices=("softmax", "sigmoid")),
     "loss.label_smoothing": Field(0.0, float, "probability spread evenly over all classes",
                                   minimum=0, maximum=0.99),
@@ -200,14 +204,14 @@ FIELDS: dict[str, Field] = {
                                       choices=("float32", "bfloat16")),
     "optimizer.clip_norm": Field(None, float, "largest global gradient norm", optional=True,
                                  minimum=0),
-    "optimizer.layer_decay": Field(1.0, float, "the learning rate shrinks by this factor a block "
+    "optimizer.layer_decay": Field(1.0, float, "layer-wise learning-rate decay: factor per block, "
                                    "from the head down", minimum=0, maximum=1),
     "optimizer.frozen": Field((), tuple, "regular expressions: parameters whose path matches one "
                               "stay as they are", item=str),
     #
     "schedule.name": Field("cosine", str, "decay after the warmup",
                            choices=("cosine", "linear", "rsqrt", "constant")),
-    "schedule.warmup_steps": Field(0, int, "updates of linear growth from 0", minimum=0,
+    "schedule.warmup_steps": Field(0, int, "updates of linear warmup from 0", minimum=0,
                                    maximum=_MAX_STEPS),
     "schedule.end_value": Field(0.0, float, "learning rate that cosine and linear end at",
                                 minimum=0),
@@ -217,8 +221,8 @@ FIELDS: dict[str, Field] = {
                                      "0 (rsqrt and constant)", minimum=0, maximum=_MAX_STEPS),
 }
 
-# What a run may be resumed with although its workdir was started otherwise: nothing here changes
-# the stream of batches or the updates, save for rounding (and total_steps, which is announced).
+# What may change when a run is resumed: nothing here changes the stream of batches or the updates,
+# except for rounding (and for total_steps, whose change is announced).
 RESUMABLE = (
     "data.workers", "data.worker_kind", "data.dir", "data.on_bad_image",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "parallelism",

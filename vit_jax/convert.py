@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> None:
     """Runs the command; see `--help`."""
     parser = cli.ArgumentParser(
         prog="python -m vit_jax.convert",
-        description="Writes a checkpoint in the form of another library, and checks with that "
+        description="Writes a checkpoint in the format of another library, and checks with that "
         "library, if it is installed, that the numbers are the same. Exits with 0 only if they are "
         "(or the check was skipped), and leaves nothing under --out otherwise.",
     )
@@ -32,9 +32,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"),
                         help="of the tensors")
     parser.add_argument("--allow_gelu_change", action="store_true",
-                        help="export tanh GELU to torchvision, which has exact GELU alone")
+                        help="export tanh GELU to torchvision, which only has the exact GELU")
     parser.add_argument("--images", nargs="+", action="extend", default=[], metavar="PATH",
-                        help="images or folders of them to compare on, beside random ones")
+                        help="images or folders of images to compare on, besides random ones")
     cli.add_weights_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     flags = parser.parse(arguments)

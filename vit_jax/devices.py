@@ -1,4 +1,4 @@
-"""What accelerators can do at most: the denominator of MFU and the memory that `plan` fills."""
+"""Peak FLOP rates and memory of accelerators: the denominator of MFU, and what `plan` fills."""
 
 import dataclasses
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake its reader can mend: what is wrong, where, what to do. Commands print the message
-    on stderr without a traceback and exit with code 1."""
+    """A mistake that the user can fix. The message says what is wrong, where, and what to do.
+    Commands print it on stderr without a traceback and exit with code 1."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

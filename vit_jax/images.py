@@ -39,8 +39,8 @@ class Unreadable(BadImages):
 
 
 def find_images(arguments: list[str], unreadable: Unreadable) -> list[str]:
-    """Files as they were given, and what directories and theirs hold, by name; hidden ones are
-    left out.
+    """The files that were given, and those in the given directories (recursively), by name; hidden
+    ones are left out.
 
     Raises:
       UserError: there are none.
@@ -65,8 +65,8 @@ def find_images(arguments: list[str], unreadable: Unreadable) -> list[str]:
             paths += [os.path.join(folder, name) for name in sorted(files)
                       if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     if not paths and not unreadable.count:
-        raise UserError(f"There are no images in {', '.join(arguments)}; files that end in "
-                        f"{', '.join(EXTENSIONS)} are looked for.")
+        raise UserError(f"There are no images in {', '.join(arguments)}, that is, no files that "
+                        f"end in {', '.join(EXTENSIONS)}.")
     return paths
 
 

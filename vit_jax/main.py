@@ -32,13 +32,13 @@ def main(arguments: list[str]) -> None:
                         help="holds checkpoints, config, metrics and report")
     parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
-                        help="which one --mode=evaluate evaluates")
+                        help="which checkpoint --mode=evaluate evaluates")
     parser.add_argument("--ema", action="store_true",
-                        help="--mode=evaluate takes its averaged weights (config.ema_decay)")
+                        help="--mode=evaluate evaluates the EMA weights (config.ema_decay)")
     several = parser.add_argument_group(
         "a run of several processes", "(see docs/clusters.md; launch/ has a script for each place)")
     several.add_argument("--cluster", choices=distributed.CLUSTERS, default="auto",
-                         help="what tells the processes about each other; none: a run of its own")
+                         help="how the processes find each other; none: a single-process run")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--num_processes", metavar="N", type=int)
     several.add_argument("--process_id", metavar="I", type=int, help="this process, from 0")
@@ -50,14 +50,14 @@ def main(arguments: list[str]) -> None:
             "." if flags.mode == "train" else ", or --config.init=CHECKPOINT instead of it."))
     if flags.mode == "train" and (flags.ema or flags.checkpoint == "best"):
         flag = "--ema" if flags.ema else "--checkpoint=best"
-        raise UserError(f"{flag} says what --mode=evaluate evaluates, and training continues from "
-                        "the last checkpoint; leave it out, or add --mode=evaluate.")
+        raise UserError(f"{flag} only applies to --mode=evaluate; training always continues from "
+                        "the last checkpoint. Leave it out, or add --mode=evaluate.")
     if flags.config:
         settings = cli.load_config(flags.config)
     elif flags.mode == "evaluate" and workdir:
         settings = workdir_lib.read_config(workdir)
     else:
-        raise UserError("--config=FILE.py is missing; configs/quickstart.py is a start.")
+        raise UserError("--config=FILE.py is missing; try configs/quickstart.py.")
     cli.apply_overrides(settings, overrides)
     settings = config.validate(settings)
     distributed.start(flags.cluster, flags.coordinator, flags.num_processes, flags.process_id)
@@ -80,9 +80,9 @@ def main(arguments: list[str]) -> None:
             if jax.process_count() == 1:
                 raise
             raise UserError(
-                "This run of several processes broke off, most likely because another process "
-                f"ended: see what that one said ({distributed.first_line(error)}). Starting all of "
-                "them again continues from the last checkpoint."
+                "This run of several processes failed, most likely because another process exited: "
+                f"see the output of that one ({distributed.first_line(error)}). Start all of them "
+                "again to continue from the last checkpoint."
             ) from error
         raise UserError(
             f"Out of device memory at config.batch_size={settings.batch_size}, "

@@ -136,15 +136,16 @@ def _parser():
     parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.4,
                         help="model FLOPs utilisation to assume (0.4)")
     parser.add_argument("--images", metavar="N", type=int,
-                        help="in the training split, where the data set cannot be read here")
-    parser.add_argument("--num_classes", metavar="K", type=int, help="likewise")
+                        help="number of training images, if the data set cannot be read here")
+    parser.add_argument("--num_classes", metavar="K", type=int,
+                        help="number of classes, likewise")
     parser.add_argument("--devices_per_host", metavar="N", type=int, default=8, help="(8)")
     parser.add_argument("--images_per_core", metavar="RATE", type=float,
                         help="images that a CPU core decodes and augments in a second (measured: "
                         f"{_DECODED_PER_CORE}, less with RandAugment)")
     parser.add_argument("--check", action="store_true",
                         help="also compile the step for as many simulated CPU devices, and compare "
-                        "with the compiler's own account of the memory; takes a minute or more")
+                        "with the memory that the compiler reports; takes a minute or more")
     return parser
 
 
@@ -330,8 +331,8 @@ def suggestion(
     """The least sharding, remat and accumulation that fits, as flags to add."""
     found = planner.smallest_that_fits(config, devices, _SHARE * device.memory_bytes)
     if found is None:
-        return (f"Nothing fits {devices} x {device.name}: not with any fsdp, remat and "
-                "accumulation_steps. Use more or larger devices, a larger config.mesh.tensor, or a "
+        return (f"No combination of fsdp, remat and accumulation_steps fits {devices} x "
+                f"{device.name}. Use more or larger devices, a larger config.mesh.tensor, or a "
                 "smaller config.batch_size.")
     other, needs = found
     was, now = config_lib.flatten(config), config_lib.flatten(other)
@@ -339,9 +340,11 @@ def suggestion(
         f"--config.{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in now.items() if value != was[key])
     if not flags:
-        return "It fits, and with no less sharding, remat or accumulation. Nothing to change."
+        return ("It fits, with as little sharding, remat and accumulation as possible. Nothing to "
+                "change.")
     if _fits(memory, device):
-        return (f"It fits. Less would do: {flags} takes {needs.total / _GIB:.1f} GiB.")
+        return (f"It fits. So would {flags} ({needs.total / _GIB:.1f} GiB), the first choice by "
+                "accumulation, then remat, then sharding.")
     return f"The smallest change that fits ({needs.total / _GIB:.1f} GiB): {flags}"
 
 

@@ -37,12 +37,12 @@ def main(arguments: list[str]) -> None:
     """Runs the command; see `--help`."""
     parser = cli.ArgumentParser(
         prog="python -m vit_jax.predict",
-        description="Names the most probable classes of images, or saves their features, by any "
-        "checkpoint that vit_jax reads, with the preprocessing that belongs to it.",
-        epilog="Probabilities are a softmax over the classes; of a run with config.loss.name="
-        "sigmoid, each class's own.\nA checkpoint of 1000 classes without names gets those of "
-        "ImageNet.\nImages that cannot be read are named on stderr and left out, and the exit code "
-        "is 1.",
+        description="Prints the most probable classes of images, or saves their features, using "
+        "any checkpoint that vit_jax can read and the preprocessing that belongs to it.",
+        epilog="Probabilities are a softmax over the classes or, for a run with config.loss.name="
+        "sigmoid,\nindependent per class. A checkpoint with 1000 unnamed classes gets the names of "
+        "ImageNet's.\nImages that cannot be read are reported on stderr and skipped, and the exit "
+        "code is 1.",
     )
     parser.add_argument("--checkpoint", metavar="PATH", required=True,
                         help="a file, a directory, a run's workdir, or a name: augreg:B/16")
@@ -52,10 +52,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--top", metavar="K", type=int, default=5, help="classes per image (5)")
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--features", metavar="OUT.npz", type=Path,
-                        help="also saves `features`, float32 [images, width], what the head gets, "
-                        "and `files`, their names")
+                        help="also saves `features`, float32 [images, width], the input of the "
+                        "head, and `files`, the file names")
     parser.add_argument("--batch_size", metavar="N", type=int, default=32)
-    parser.add_argument("--image_size", metavar="N[,M]", help="another than the checkpoint's: "
+    parser.add_argument("--image_size", metavar="N[,M]", help="instead of the checkpoint's: "
                         "pixels per side, or height,width")
     flags = parser.parse(arguments)
     for flag in ("top", "batch_size"):

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         prog="python -m vit_jax.prepare",
         description="Writes images and labels as a TFDS data set in ArrayRecord form, which "
         "config.data.source=tfds:NAME reads. Every image is decoded once; those that cannot be are "
-        "left out and reported. Started again, the same command continues.",
+        "left out and reported. Run the same command again to continue after an interruption.",
         epilog="PATH is one of\n"
         "  a folder of images as folder:PATH reads it (without train/ and val/, a tenth of every\n"
         "    class becomes the split validation)\n"
@@ -44,8 +44,8 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--from", dest="source", metavar="PATH", help="the raw data")
     parser.add_argument("--out", metavar="DIR",
-                        help="where data sets are; this one goes to DIR/NAME/1.0.0")
-    parser.add_argument("--name", help="of the data set; default: the input's")
+                        help="folder of data sets; this one is written to DIR/NAME/1.0.0")
+    parser.add_argument("--name", help="name of the data set; default: that of the input")
     parser.add_argument("--resize", metavar="PIXELS", type=int,
                         help="shrink images whose short side is longer, and store JPEGs")
     parser.add_argument("--quality", metavar="Q", type=int, default=95,
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
                         help="threads; default: the cores this process may use")
     parser.add_argument("--shard", metavar="I/N", default="0/1",
                         help="write the I-th of N parts, I from 0; whichever of the N commands "
-                        "ends last completes the data set")
+                        "finishes last completes the data set")
     parser.add_argument("--records_per_file", metavar="R", type=int,
                         help="default: 128 to 4096, or what makes 512 files of a split")
     flags = parser.parse(arguments)
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
         Options(flags.resize, flags.quality, flags.records_per_file))
     _check_apart(source, preparation.folder)
     if source.left_out:
-        print(f"Left out, being no folders of classes: {_enumerate(source.left_out)}.")
+        print(f"Ignored, since they are not folders of classes: {_enumerate(source.left_out)}.")
     print(f"Found {', '.join(f'{n:,} images for {name!r}' for name, n in source.splits.items())} "
           f"in {len(source.class_names):,} classes; {len(preparation.files):,} files go to "
           f"{preparation.folder}.", flush=True)
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     missing = sum(tally is None for tally in tallies.values())
     if missing:
         print(f"This part is complete. {missing:,} of {len(tallies):,} files are still missing: "
-              "the other parts', or run the command without --shard.")
+              "run the other parts, or the command without --shard.")
         return
     preparation.finish(tallies)
     print(report(preparation, tallies))
@@ -103,12 +103,12 @@ def data_set_name(source: Input, name: str | None) -> str:
         first, *config = source.data_set.split("/")
         first = re.sub(r"\W+", "_", first, flags=re.ASCII).strip("_").lower()
         if not re.match(r"[a-z]", first):
-            raise UserError(f"{source.where} suggests no name for the data set; choose one with "
-                            "--name=NAME.")
+            raise UserError(f"No name for the data set can be derived from {source.where}; choose "
+                            "one with --name=NAME.")
         return "/".join([first, *config])
     if not re.fullmatch(r"[a-zA-Z]\w*", name, flags=re.ASCII):
-        raise UserError(f"--name={name!r} must begin with a letter and have only letters, digits "
-                        "and underscores.")
+        raise UserError(f"--name={name!r} must begin with a letter and contain only letters, "
+                        "digits and underscores.")
     return name
 
 
@@ -154,8 +154,8 @@ def _write(preparation: Preparation, files: list[OutputFile], workers: int) -> N
 class _Stopped(cli.Stopped):
     def __init__(self, number):
         super().__init__(number, 0)
-        self.args = (f"Stopped by {number.name}; complete files are kept, and the same command "
-                     "continues.",)
+        self.args = (f"Stopped by {number.name}; complete files are kept. Run the same command to "
+                     "continue.",)
 
 
 @contextlib.contextmanager
@@ -239,7 +239,7 @@ def report(preparation: Preparation, tallies: dict[OutputFile, Tally]) -> str:
                      f"({source.class_names[fewest]}) to {largest:,} ({source.class_names[most]})"
                      if largest else f"{'':<11} without labels")
     if total.bad:
-        lines.append(f"Left out    {len(total.bad):,} files that are no usable images; all are in "
+        lines.append(f"Left out    {len(total.bad):,} unusable image files; all are listed in "
                      f"{preparation.folder / 'bad_files.txt'}:")
         lines += [f"  {where}: {why}" for where, why in total.bad[:_SHOWN]]
         if len(total.bad) > _SHOWN:

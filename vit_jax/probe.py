@@ -25,28 +25,30 @@ def main(arguments: list[str]) -> None:
     """Runs the command; see `--help`."""
     parser = cli.ArgumentParser(
         prog="python -m vit_jax.probe",
-        description="Measures how well the features of a model, which stays as it is, classify "
-        "images: few-shot least squares, nearest neighbours and logistic regression.",
+        description="Measures how well the frozen features of a model classify images: few-shot "
+        "least squares, nearest neighbours and logistic regression.",
         epilog=f"fewshot  the paper's and big_vision's: least squares to -1 and 1 with l2={L2:g}, "
         f"{SEEDS} seeds\n"
         f"knn      DINO's: {NEIGHBORS} neighbours, cosine similarity, temperature {TEMPERATURE}\n"
         "linear   logistic regression by L-BFGS; l2 is chosen on a tenth of the training images\n"
-        "\nImages are preprocessed as the checkpoint says, those to train on too.",
+        "\nAll images, including the training images, are preprocessed as the checkpoint says.",
     )
     parser.add_argument("--checkpoint", metavar="PATH", required=True,
                         help="a file, a directory, a run's workdir, or a name: augreg:B/16")
     parser.add_argument("--data", metavar="SOURCE", required=True,
                         help="tfds:NAME, folder:PATH or digits")
     parser.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets are")
-    parser.add_argument("--train_split", metavar="SPLIT", help="to learn from; the source's own")
-    parser.add_argument("--eval_split", metavar="SPLIT", help="to classify; the source's own")
+    parser.add_argument("--train_split", metavar="SPLIT",
+                        help="what the probes are trained on; default: the source's own")
+    parser.add_argument("--eval_split", metavar="SPLIT",
+                        help="what they are tested on; default: the source's own")
     cli.add_weights_flags(parser)
     parser.add_argument("--what", metavar="PROBES", default=",".join(PROBES),
-                        help="some of %(default)s")
+                        help="a subset of %(default)s")
     parser.add_argument("--shots", metavar="N,...", default=",".join(map(str, SHOTS)),
                         help="images per class of the few-shot probe (%(default)s)")
     parser.add_argument("--batch_size", metavar="N", type=int, default=128)
-    parser.add_argument("--image_size", metavar="N[,M]", help="another than the checkpoint's: "
+    parser.add_argument("--image_size", metavar="N[,M]", help="instead of the checkpoint's: "
                         "pixels per side, or height,width")
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="also writes the results")
     flags = parser.parse(arguments)

@@ -114,7 +114,7 @@ def _name_classes(axis, class_names, rotation):
 
 
 def _shown(class_names) -> list[str]:
-    """Names that fit and that the font has letters for; of others the index."""
+    """The class names, shortened to fit; those that the font cannot draw as "class INDEX"."""
     glyphs = font_manager.get_font(font_manager.findfont(_FONT)).get_charmap()
     short = [name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME - 1]}…" for name in class_names]
     return [name if all(ord(letter) in glyphs for letter in name) else f"class {index}"

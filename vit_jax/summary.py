@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     size = cli.parse_image_size(flags.image_size) if flags.image_size else None
     for key in overrides:
         if not key.startswith("model.") or key == "model.variant":
-            raise UserError(f"--config.{key} does not change the model here; --config.model.* do.")
+            raise UserError(f"--config.{key} has no effect here; only --config.model.* keys have.")
 
     try:
         variant = canonical_name(flags.name)
@@ -47,8 +47,8 @@ def main(arguments: list[str]) -> None:
         if not os.path.exists(os.path.expanduser(flags.name)) and not is_name(flags.name):
             raise UserError(f"{error} Nor is it the path of a checkpoint.") from None
         if overrides:
-            raise UserError(f"--config.{next(iter(overrides))} has no effect on a checkpoint; it "
-                            "is for a variant.") from None
+            raise UserError(f"--config.{next(iter(overrides))} has no effect on a checkpoint, only "
+                            "on a variant.") from None
         options = {"image_size": size, "num_classes": flags.num_classes}
         loaded = load_model(flags.name, **{k: v for k, v in options.items() if v is not None})
         print(loaded.report, file=sys.stderr)

@@ -21,20 +21,20 @@ def main(arguments: list[str]) -> None:
         prog="python -m vit_jax.sweep",
         description="Trains the runs of a sweep (configs/ablations/), one after another, each with "
         "python -m vit_jax.main\nin DIR/NAME on all devices of this machine, and writes "
-        "DIR/results.md, results.csv and results.png\nafter every run. Starting the same command "
-        "again leaves out what is finished and continues what\nis not. A run that fails does not "
-        "end the others.",
-        epilog="--config.KEY=VALUE holds for every run. One part of a SLURM job array:\n"
+        "DIR/results.md, results.csv and results.png\nafter every run. Running the same command "
+        "again skips finished runs and resumes the others. A run that\nfails does not stop the "
+        "sweep.",
+        epilog="--config.KEY=VALUE applies to every run. One part of a SLURM job array:\n"
         "  --shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT  (sbatch --array=0-7)",
     )
     parser.add_argument("--config", metavar="FILE.py[:ARGS]", help="the sweep")
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="holds the runs and the tables")
     parser.add_argument("--seeds", metavar="N", type=int, default=1,
-                        help="runs of every kind, with config.seed, config.seed + 1, ... (1)")
+                        help="repeats of every run, with config.seed, config.seed + 1, ... (1)")
     parser.add_argument("--shard", metavar="I/N", default="0/1",
                         help="runs the I-th of N parts, I from 0; the parts may run at once")
     parser.add_argument("--report", action="store_true",
-                        help="runs nothing, and writes the tables of what is finished")
+                        help="only writes the tables of the finished runs")
     flags = parser.parse(rest)
     for name in ("config", "workdir"):
         if getattr(flags, name) is None:
@@ -60,17 +60,17 @@ def main(arguments: list[str]) -> None:
             failed, busy = run_all(
                 flags.config, workdir, sweep, runs, runs[part::parts], stopping)
         if stopping.signal:
-            print(f"Stopped by {stopping.signal.name}; the same command continues.",
+            print(f"Stopped by {stopping.signal.name}; run the same command to continue.",
                   file=sys.stderr)
             sys.exit(cli.EXIT_SAVED if stopping.signal == SIGTERM else 128 + stopping.signal)
     print(f"\n{(workdir / 'results.md').read_text()}\nThis table is {workdir / 'results.md'}; "
           "results.csv and results.png are beside it.")
     if busy:
-        print(f"{len(busy)} runs are being run by other processes: {', '.join(busy)}.")
+        print(f"{len(busy)} runs are in progress in other processes: {', '.join(busy)}.")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs[part::parts])} runs failed "
-                        f"({', '.join(failed)}): see log.txt in their folders. The same command "
-                        "tries them again.")
+                        f"({', '.join(failed)}): see log.txt in their folders. Run the same "
+                        "command to retry them.")
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ _BAD_FROM_THE_START = 64  # images, all of which would be too many to go on
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) -> None:
-    """Trains to the end, or goes on where the workdir's last checkpoint is.
+    """Trains to the end, resuming from the last checkpoint of the workdir if there is one.
 
     Raises:
-      UserError: something the user can mend; what was saved before stays.
+      UserError: something the user can fix; earlier checkpoints are kept.
       Stopped: `stop` was requested; the state was saved.
     """
     with contextlib.ExitStack() as held:
@@ -54,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) ->
 
 
 def _train(config, workdir, stop, held):
-    """`held` is left when the run ends, however it does."""
+    """`held` is an ExitStack that is closed when the run ends, whatever the reason."""
     # Data.
     size = config_lib.image_size(config)
     train_source, eval_source = open_splits(
@@ -69,7 +69,7 @@ def _train(config, workdir, stop, held):
     mesh = partition.make_mesh(config)
     parallel.check_devices(config, mesh)
     stored = _last_meta(workdir)
-    if stored:  # before its model is looked at, which is another one in another run's workdir
+    if stored:  # before the stored model is used: in the workdir of another run it is another one
         workdir_lib.check_same_run(config, stored["config"], workdir)
     start, fields, told = _start(config, stored)
     pixels = pixel_statistics(config, told)
@@ -169,7 +169,7 @@ def _train(config, workdir, stop, held):
                 if not usable and (step == total_steps or bad_images.count >= _BAD_FROM_THE_START):
                     raise UserError(
                         f"{train_source.name}: none of the first {bad_images.count} images could "
-                        f"be decoded, the last {bad_images.last}. Replace them by images that can.")
+                        f"be decoded; the last was {bad_images.last}. Replace these files.")
                 begin = time.perf_counter()
                 state, metrics = train_step(state, batch)
             unchecked.append((step, metrics))
@@ -245,9 +245,9 @@ def _last_meta(workdir):
 
 
 def _start(config, stored):
-    """What config.init holds, with the model's fields and the preprocessing that it tells; of a run
-    that goes on the last two, as its own checkpoint has them `stored`: config.init need not be
-    there any more."""
+    """(contents of config.init, the fields of its model, its preprocessing); (None, None, {})
+    without config.init. A resumed run has None first and takes the others from its own checkpoint
+    (`stored`), because config.init may no longer exist."""
     if not config.init:
         return None, None, {}
     if stored:

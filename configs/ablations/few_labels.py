@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).parent.parent
 def _split(argument):
     size, _, pretrained = argument.partition(",")
     if size not in ("full", "cpu") or not pretrained:
-        raise UserError("say which size and the workdir of the pretraining: "
+        raise UserError("name the size and the workdir of the pretraining run: "
                         "--config=configs/ablations/few_labels.py:cpu,runs/masked_cpu")
     return size, pretrained
 

@@ -3,11 +3,11 @@
     python -m vit_jax.sweep --config=configs/ablations/optimizer.py --workdir=runs/optimizer \\
         --config.data.dir=DIRECTORY_OF_TFDS_DATASETS --shard=0/4
 
-trains R50x1 and R152x2 on ImageNet-1k, once with each, for as long and on the same images as
-configs/pretrain_paper.py:B/16-i1k-300ep; not run here. Adam has the rates of the paper's Table 3
-and a decay of 0.1. SGD is that of BiT (arXiv 1912.11370): 0.03 times batch size / 256 and momentum
-0.9; its decay of 1e-4 passes through the momentum, ours does not, so it is 1e-3 here. The paper
-trained on JFT-300M, for which there is an argument:
+trains R50x1 and R152x2 on ImageNet-1k, once with each optimizer, for as long and on the same images
+as configs/pretrain_paper.py:B/16-i1k-300ep; not run here. Adam uses the learning rates of the
+paper's Table 3 and a weight decay of 0.1. SGD follows BiT (arXiv 1912.11370): a learning rate of
+0.03 times batch size / 256 and momentum 0.9; its weight decay of 1e-4 passes through the momentum,
+ours does not, so it is 1e-3 here. The paper trained on JFT-300M, for which there is an argument:
 
     python -m vit_jax.sweep --workdir=runs/optimizer_jft \\
         --config=configs/ablations/optimizer.py:R50x1-jft-7ep,folder:/data/jft

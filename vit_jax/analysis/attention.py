@@ -31,7 +31,7 @@ def rollout(attention: jax.Array) -> jax.Array:
 
 
 def rollout_maps(recording: Recording) -> jax.Array:
-    """The rollout from what the head reads to the patches: [B, height, width].
+    """The rollout from the token(s) that the classifier reads to the patches: [B, height, width].
 
     Sums to less than 1 where there is a class token or registers, which keep the rest.
     """
@@ -39,7 +39,8 @@ def rollout_maps(recording: Recording) -> jax.Array:
 
 
 def attention_maps(recording: Recording) -> jax.Array:
-    """What the head's token looks at, for every layer and head: [L, B, H, height, width]."""
+    """Attention to the patches from the token(s) that the classifier reads, for every layer and
+    head: [L, B, H, height, width]."""
     return seen_by_head(recording.attention, recording)
 
 
@@ -59,9 +60,9 @@ def mean_distances(recording: Recording) -> jax.Array:
 
     A patch's distance is the mean of the distances between its centre and all patches', weighted by
     its attention; averaged over the patches (the paper's Figures 7 right and 11, where it is also
-    averaged over 128 images). The class token and registers have no place in the image: as queries
-    they are left out, and the weights that patches give them are spread over the patches in
-    proportion, so that a row's weights add up to 1. A patch that looks at no patch counts as 0.
+    averaged over 128 images). The class token and registers have no position in the image: they are
+    excluded as queries, and the weights that patches give them are redistributed over the patches
+    in proportion, so that a row's weights add up to 1. A patch that attends to none counts as 0.
     """
     distances = recording.stride * patch_distances(recording.grid)
     prefix = recording.attention.shape[-1] - recording.num_patches
@@ -83,5 +84,5 @@ def patch_distances(grid: tuple[int, int]) -> np.ndarray:
 
 
 def uniform_distance(grid: tuple[int, int], stride: int) -> float:
-    """The mean attention distance in pixels of a head that looks everywhere alike."""
+    """The mean attention distance in pixels of a head with uniform attention."""
     return float(stride * patch_distances(grid).mean())

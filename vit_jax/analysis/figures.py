@@ -20,7 +20,7 @@ def style():
 
 
 def rollout(images: np.ndarray, maps: np.ndarray, names: list[str]) -> Figure:
-    """Images beside what attention rollout takes of them (the paper's Figure 6).
+    """Images beside their attention rollout (the paper's Figure 6).
 
     Args:
       images: uint8 [n, H, W, 3].
@@ -52,7 +52,7 @@ def rollout(images: np.ndarray, maps: np.ndarray, names: list[str]) -> Figure:
 
 
 def heads(image: np.ndarray, maps: np.ndarray, name: str, title: str) -> Figure:
-    """What the token that is classified looks at, for every layer and head.
+    """Attention maps of the token that the classifier reads, for every layer and head.
 
     Args:
       image: uint8 [H, W, 3].
@@ -91,7 +91,7 @@ def distances(values: np.ndarray, uniform: float, images: int) -> Figure:
 
     Args:
       values: [L, heads], in pixels.
-      uniform: of a head that looks everywhere alike.
+      uniform: that of a head with uniform attention.
       images: how many they are averaged over.
     """
     layers, count = values.shape
@@ -181,9 +181,9 @@ def similarity(values: np.ndarray, examples: int, images: int) -> Figure:
 
 
 def _brightest(maps):
-    """The value of [..., h, w] that is drawn brightest, [..., 1, 1]: the 98th percentile, since a
-    few patches of nothing often get most of the weight (arXiv 2309.16588) and would hide the rest.
-    """
+    """The value of [..., h, w] at the top of the colour scale, [..., 1, 1]: the 98th percentile,
+    since a few background patches often get most of the weight (arXiv 2309.16588) and would hide
+    the rest."""
     values = np.quantile(maps, 0.98, axis=(-2, -1), keepdims=True)
     values = np.where(values > 0, values, maps.max(axis=(-2, -1), keepdims=True))
     return np.maximum(values, np.finfo(np.float32).tiny)

@@ -1,4 +1,4 @@
-"""The page that gathers the figures of one model: a HTML file beside them, without scripts."""
+"""The page that shows all figures of one model: an HTML file beside them, without scripts."""
 
 import dataclasses
 from html import escape

@@ -1,5 +1,5 @@
-"""`--batch_sizes=largest`: whether a batch fits, tried in a process of its own, which finds the
-device's memory as no earlier try has left it.
+"""`--batch_sizes=largest`: whether a batch fits, tried in a separate process, so that no earlier
+attempt has affected the device's memory.
 
 Run as a script it is that process, and prints its answer as one JSON object.
 """
@@ -29,7 +29,7 @@ class Try:
 
     Attributes:
       failure: '' if it does; otherwise what went wrong.
-      recomputed: operations that XLA does twice, unasked, because they would not fit otherwise.
+      recomputed: operations that XLA rematerialises on its own to make the batch fit.
     """
 
     failure: str
@@ -40,7 +40,7 @@ def devices() -> tuple[str, int]:
     """(platform, number) of JAX's devices, found out without claiming them for this process.
 
     Raises:
-      UserError: JAX finds none, in its last words.
+      UserError: JAX finds none; with the last line of its output.
     """
     run = _run([])
     if run.returncode:

@@ -32,9 +32,8 @@ class Work:
     Attributes:
       call: starts it once and returns arrays that are ready when it is done.
       executable: XLA's.
-      flops: model FLOPs of one image (training: three forward passes, without what remat repeats).
-      whole_flops: the same with those of tokens that our model leaves out, and other libraries
-        compute.
+      flops: model FLOPs of one image (training: three forward passes, without recomputation).
+      whole_flops: the same, including the tokens that our model skips but other libraries compute.
       compile_seconds: tracing and compiling, without a cache.
       parameters: number of scalars.
       attention: the kernel on a GPU, where there is a choice, and why not cuDNN's; otherwise ''.
@@ -50,7 +49,7 @@ class Work:
 
     @property
     def run(self) -> Run:
-        """Does it so many times and returns the seconds."""
+        """run(n) calls it n times and returns the seconds taken."""
         return _timed(self.call)
 
 

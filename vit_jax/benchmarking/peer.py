@@ -1,9 +1,9 @@
 """Talks to a peer: another library that does the same work in a process of its own.
 
-In its own process it keeps its threads, its memory and its imports to itself; while the other side
-is measured it waits for a line on its standard input. Both ends speak one JSON object a line: the
-first, {"ready": {...}} or {"error": sentence}, comes from the peer, then {"times": n} goes to it
-and {"seconds": s} comes back.
+The separate process isolates its threads, memory and imports; while the other side is measured, it
+waits for a line on its standard input. The protocol is one JSON object per line: first, the peer
+sends {"ready": {...}} or {"error": sentence}; then it receives {"times": n} and replies
+{"seconds": s}, repeatedly.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Peer:
         """Starts it and waits until it can be measured.
 
         Raises:
-          UserError: it cannot be had here, in its own words.
+          UserError: it cannot be started here; with its own message.
         """
         self.name = name
         script, kind = PEERS[name]
@@ -83,5 +83,5 @@ class Peer:
 
 
 def last_words(errors: str) -> str:
-    """The last line of what a process wrote to its standard error: of a traceback the reason."""
+    """The last line that a process wrote to its standard error: the reason, for a traceback."""
     return (errors.strip().splitlines() or ["it said nothing"])[-1]

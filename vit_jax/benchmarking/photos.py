@@ -1,4 +1,4 @@
-"""JPEG files to decode: a folder of the user's, or made ones of ImageNet's usual size."""
+"""JPEG files to decode: a folder of the user's, or synthetic ones of ImageNet's usual size."""
 
 from pathlib import Path
 
@@ -41,8 +41,8 @@ class Photos:
 
 
 def make_photos(folder: Path) -> None:
-    """Writes 256 JPEGs of 500x375 pixels, blurred colours with noise: about 95 kB each, as the
-    photos of ImageNet, with which they share nothing else."""
+    """Writes 256 JPEGs of 500x375 pixels, blurred colours with noise. Only their size, about 95 kB,
+    is that of ImageNet's photos."""
     generator = np.random.default_rng(0)
     for i in range(_MADE):
         coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), np.uint8))

@@ -14,7 +14,7 @@ from vit_jax.benchmarking.timing import Run
 from vit_jax.config import image_size
 from vit_jax.data.pipeline import BadImages, train_batches
 
-# Batches that a pipeline may have made before its clock began to run, and does not get for free.
+# Batches that a pipeline may have prefetched before its clock starts, and that must not count.
 READ_AHEAD = 4
 
 

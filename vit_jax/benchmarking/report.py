@@ -24,7 +24,7 @@ Row = dict[str, Any]  # of one side: printed, and written to the CSV file, in th
 
 
 def environment(arguments: list[str]) -> dict[str, Any]:
-    """Machine, versions, commit and command: what numbers mean nothing without."""
+    """Machine, versions, commit and command, without which the numbers are meaningless."""
     devices = jax.devices()
     return {
         "command": command(arguments),

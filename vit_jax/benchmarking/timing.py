@@ -1,10 +1,10 @@
-"""Repeated measurements of several sides in turn: what disturbs one of them disturbs all."""
+"""Repeated, alternating measurements of several sides, so that a disturbance affects all alike."""
 
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping
 
-Run = Callable[[int], float]  # does its work so many times and returns the seconds it took
+Run = Callable[[int], float]  # run(n) does its work n times and returns the seconds taken
 
 
 @dataclasses.dataclass(frozen=True)

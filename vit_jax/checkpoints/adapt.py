@@ -58,7 +58,7 @@ def adapt(
         head is brought into the order of the latter, or replaced if they are others.
 
     Raises:
-      UserError: tensors are missing or left over; named with the nearest.
+      UserError: tensors are missing or unexpected; the message names them and the nearest match.
     """
     params = dict(params)
     wanted = expected_shapes(model, size, channels)
@@ -183,9 +183,9 @@ def _check_complete(params, wanted, report):
         lines.append(f"missing {path} {list(shape)}" + (f", nearest: {near[0]}" if near else ""))
     for path in surplus:
         near = difflib.get_close_matches(path, list(wanted), n=1)
-        lines.append(f"left over {path} {list(params[path].shape)}"
+        lines.append(f"unexpected {path} {list(params[path].shape)}"
                      + (f", nearest: {near[0]}" if near else ""))
-    lines += [f"{path} is {list(params[path].shape)}, wanted {list(wanted[path])}"
+    lines += [f"{path} has shape {list(params[path].shape)}, expected {list(wanted[path])}"
               for path in other]
     if lines:
         shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])

@@ -121,7 +121,7 @@ def download(
             Path(f"{target}.lock").unlink(missing_ok=True)
         size = target.stat().st_size
     except _Failed as error:
-        raise UserError(f"{url} {error}; to supply it by hand, put it at {target}.") from None
+        raise UserError(f"{url} {error}; to provide it yourself, save it as {target}.") from None
     except OSError as error:
         raise UserError(
             f"{url} cannot be saved as {target}: {error.strerror or error}; make room, set "
@@ -187,9 +187,9 @@ def _fetch(url, part, expected_size, progress):
             failures = 1 if offset > furthest else failures + 1
             furthest = max(furthest, offset)
             if failures == ATTEMPTS:
-                raise _Failed(f"breaks off, {ATTEMPTS} times in a row ({reason})") from None
+                raise _Failed(f"was interrupted {ATTEMPTS} times in a row ({reason})") from None
         except requests.RequestException as error:  # a redirect to file://, or around in circles
-            raise _Failed(f"leads nowhere ({error})") from None
+            raise _Failed(f"cannot be downloaded ({error})") from None
         finally:
             progress.end_line()
         time.sleep(BACKOFF * 2 ** (failures - 1))
@@ -215,7 +215,7 @@ def _attempt(url, part, expected_size, progress):
         resumed = response.status_code == 206
         if response.status_code == 416 or resumed and not _continues(response, offset, whole):
             _description_file(part).unlink(missing_ok=True)  # so the next attempt starts over
-            raise _Interrupted("is not the file it was any more")
+            raise _Interrupted("has changed on the server")
         _check_answer(response, part)
         if not resumed:
             offset, whole = 0, _described(response)
@@ -245,11 +245,11 @@ def _check_answer(response, part):
         raise _Interrupted(f"{status} {reason}")
     if status not in (200, 206):
         problem = {401: "is not public", 403: "is not public", 404: "does not exist",
-                   410: "does not exist any more"}.get(status, "cannot be downloaded")
+                   410: "no longer exists"}.get(status, "cannot be downloaded")
         raise _Failed(f"{problem} (the server answers {status} {reason})")
     is_page = response.headers.get("Content-Type", "").startswith("text/html")
     if is_page and ".htm" not in part.name:
-        raise _Failed("answers with a web page (of a proxy, or to log in?), not with the file")
+        raise _Failed("returns a web page (from a proxy, or a login page?) instead of the file")
 
 
 def _described(response) -> _Description:

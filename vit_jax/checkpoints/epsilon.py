@@ -2,8 +2,8 @@
 convolution, (w - mean) / (std + 1e-5) there and (w - mean) / sqrt(var + 1e-8) in timm. (That of
 GroupNorm, 1e-6 there and 1e-5 in timm, shows in images of next to no contrast alone.)
 
-Standardisation ignores the scale of a kernel but for its epsilon, so either side can be given the
-other's numbers by scaling each output channel.
+Standardisation ignores the scale of a kernel except for its epsilon, so either side can reproduce
+the other's numbers by scaling each output channel.
 """
 
 from collections.abc import Callable

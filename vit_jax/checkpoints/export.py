@@ -46,7 +46,7 @@ _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.b
 
 @dataclasses.dataclass
 class ExportReport:
-    """An account of an export; `str(report)` is for people.
+    """What was exported, and how; `str(report)` is human-readable.
 
     Attributes:
       source: what was loaded.
@@ -162,7 +162,7 @@ def export_model(
     out = Path(os.path.realpath(os.path.expanduser(out)))
     output.check_out(out, target, overwrite)
     if images and channels != 3:
-        raise UserError(f"--images are read with 3 channels, and this model takes {channels}.")
+        raise UserError(f"--images have 3 channels, but this model takes {channels}.")
     class_names = loaded.metadata.get("class_names")
     if class_names and len(class_names) != model.num_classes:
         class_names = None  # features of a model whose head was taken off
@@ -218,8 +218,8 @@ def export_model(
         output.move(temporary, final)
     if failed:
         raise VerificationFailed(
-            f"The export does not compute what the model does: {report.verification.reason}. "
-            f"It was left in {final}, not in {out}.", report)
+            f"The exported model does not reproduce the original: {report.verification.reason}. "
+            f"It was saved as {final} instead of {out}.", report)
     return report
 
 
@@ -311,25 +311,25 @@ def _warnings(target, model, params, metadata, class_names):
 
 
 def _lost_in_npz(model, preprocessing, class_names):
-    """What tensors alone do not tell, where it is not what a reader of the file would take."""
+    """What the tensors do not show, where a reader of the file would assume something else."""
     warnings = []
     if getattr(model, "activation", "gelu_tanh") != "gelu_tanh":
-        warnings.append("an npz cannot tell the activation; load it with activation="
+        warnings.append("an npz does not store the activation; load it with activation="
                         f"'{model.activation}', which is not Google's")
     height, width = preprocessing["image_size"]
     if height != width:
         option = "image_size" if isinstance(model, ResNet) else "trained_size"
-        warnings.append("an npz cannot tell the image size, and a square is taken for it; load it "
-                        f"with {option}=({height}, {width})")
+        warnings.append("an npz does not store the image size, and a square would be assumed; load "
+                        f"it with {option}=({height}, {width})")
     mean, std = preprocessing["mean"], preprocessing["std"]
     if np.any(np.not_equal(mean, 0.5)) or np.any(np.not_equal(std, 0.5)):
-        warnings.append("an npz cannot hold mean and std, and 0.5 is taken for both; load it with "
-                        f"mean={mean}, std={std}")
+        warnings.append("an npz does not store mean and std, and 0.5 would be assumed for both; "
+                        f"load it with mean={mean}, std={std}")
     taken = dict(crop="squash", interpolation="bilinear", antialias=False)
-    if lost := [f"{key}={preprocessing[key]}, where {value} is taken"
+    if lost := [f"{key}={preprocessing[key]}, where {value} would be assumed"
                 for key, value in taken.items() if preprocessing[key] != value]:
-        warnings.append("an npz cannot tell how images were resized, and no option of load_model "
-                        f"takes it ({'; '.join(lost)}); NAME.{REPORT} beside NAME has it")
+        warnings.append("an npz does not store how images were resized, and load_model has no "
+                        f"option for it ({'; '.join(lost)}); NAME.{REPORT} beside NAME has it")
     if class_names:
         warnings.append(f"an npz cannot hold the names of the {len(class_names)} classes, and no "
                         f"option of load_model takes them; NAME.{REPORT} beside NAME has them")
@@ -375,5 +375,5 @@ def _write_account(temporary, final, report):
 
 
 def _write_json(path, value):
-    # In ASCII, names of files and classes come back even where they are no text.
+    # As ASCII, so that file and class names survive even if they are not valid Unicode.
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tensors out of a file that somebody else wrote: npz, safetensors or PyTorch, told by content.
+"""Reads tensors from untrusted files: npz, safetensors or PyTorch, recognised by their contents.
 
 Files are not trusted. Nothing is unpickled, except by PyTorch in its weights-only mode, and sizes
 are checked before memory is spent on them.
@@ -126,7 +126,7 @@ def _read_shards(index: Path) -> TensorFile:
     for shard in sorted(set(shard_of.values())):
         # Keeps the reader inside the directory.
         if Path(shard).name != shard or not shard.endswith(_SUFFIXES):
-            raise UserError(f"{index} names {shard!r:.80}, which is no weights file beside it; "
+            raise UserError(f"{index} names {shard!r:.80}, which is not a weights file beside it; "
                             "download it again.")
         part = _read_file(index.with_name(shard))
         kinds.add(part.kind)
@@ -184,7 +184,7 @@ def _kind(path: Path) -> str:
     elif re.match(rb"\x80[\x02-\x05]", head):
         return "torch"
     else:
-        what = "no npz, safetensors or PyTorch file; give one of these"
+        what = "not an npz, safetensors or PyTorch file; give one of these"
     raise UserError(f"{path} is {what}.")
 
 
@@ -201,7 +201,7 @@ def _kind_of_archive(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _damaged(path, "as a zip archive it has no proper end") from error
+        raise _damaged(path, "its zip archive is cut off") from error
     _check_expansion(path, sum(member.file_size for member in members))
     names = [member.filename for member in members]
     if any(name.endswith("/constants.pkl") for name in names):
@@ -230,7 +230,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
                     raise _unknown_dtype(path, name, dtype)
                 # NumPy allocates what the header says before it reads.
                 if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
-                    raise _damaged(path, f"{name!r:.80} has not the size of its shape")
+                    raise _damaged(path, f"the size of {name!r:.80} does not match its shape")
     with np.load(path, allow_pickle=False) as arrays:
         tensors = {name: arrays[name] for name in arrays.files}
     return {
@@ -256,7 +256,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
-            raise _damaged(path, "its header says something twice")
+            raise _damaged(path, "its header has a duplicate key")
 
     json.loads(header, object_pairs_hook=unique)
     return safetensors.numpy.load_file(path)
@@ -279,8 +279,8 @@ def _read_torch(path: Path) -> TensorFile:
     except Exception as error:
         if code := re.search(r"GLOBAL ([\w.]{1,80})", str(error)):
             raise UserError(
-                f"{path} holds more than tensors ({code[1]}), which can run code and so was not "
-                "opened; if you trust it, save model.state_dict() alone with PyTorch."
+                f"{path} holds more than tensors ({code[1]}), which could run code, so it was not "
+                "opened; if you trust it, load it with PyTorch and save model.state_dict() alone."
             ) from error
         raise
     unwrapped, choices, config = (), (), None
@@ -336,10 +336,10 @@ def _read_json(path: Path, *, missing_ok: bool = False) -> dict | None:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no valid JSON ({_reason(error)}); correct it, or download it "
+        raise UserError(f"{path} is not valid JSON ({_reason(error)}); correct it, or download it "
                         "again.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is JSON but no object {{...}}; download it again.")
+        raise UserError(f"{path} is JSON but not an object {{...}}; download it again.")
     return value
 
 
@@ -368,8 +368,8 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _unknown_dtype(path: Path, name: str, dtype: object) -> UserError:
-    return UserError(f"{path} holds {name!r:.80} as {dtype}, which is no weight here; save it as "
-                     "float32, float16 or bfloat16.")
+    return UserError(f"{path} holds {name!r:.80} as {dtype}, which is not supported for weights; "
+                     "save it as float32, float16 or bfloat16.")
 
 
 def _reason(error: Exception) -> str:

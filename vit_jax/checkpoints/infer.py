@@ -24,8 +24,8 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "
 
 
 def num_heads(width: int, config: Mapping[str, Any] | None, report: LoadReport) -> int:
-    """Attention heads of a file whose tensors do not show them: as its config says, or has the
-    architecture that it names; else as usual for the width.
+    """The number of attention heads of a file whose tensors do not show it: from its config, or
+    from the architecture that the config names, else the usual number for the width.
 
     Raises:
       UserError: an unknown width, and no config that tells.
@@ -61,8 +61,8 @@ def _architecture(config):
 def check_architecture(
     config: Mapping[str, Any] | None, structure: Structure, report: LoadReport
 ) -> None:
-    """Refuses what differs from a Vision Transformer in none of its tensors, as rotary position
-    embeddings do.
+    """Refuses architectures that have the same tensors as a Vision Transformer but compute
+    something else, for example those with rotary position embeddings.
 
     Raises:
       UserError: a config that names such an architecture.
@@ -126,20 +126,20 @@ def position_embedding(
     if (report.dialect == "google" and not structure.class_token
             and structure.resnet_stages is None):
         report.assumptions.append(
-            "position_embedding='sincos_2d', which has no parameters, as big_vision's plain ViTs "
-            "have it; position_embedding= says otherwise")
+            "position_embedding='sincos_2d', which has no parameters, as in big_vision's plain "
+            "ViTs; pass position_embedding= to override it")
         return "sincos_2d"
-    rotary = ", nor has timm's rotary one, which is not known here" if (
+    rotary = ", nor does timm's rotary one, which is not supported here" if (
         report.dialect == "timm") else ""
     report.assumptions.append(
-        "position_embedding='none', as the file has no table; position_embedding= says otherwise "
-        f"(sincos_2d has none either{rotary})")
+        "position_embedding='none', as the file has no table; pass position_embedding= to override "
+        f"it (sincos_2d has no table either{rotary})")
     return "none"
 
 
 def activation(dialect: str, config: Mapping[str, Any] | None, report: LoadReport) -> str:
-    """The MLP's activation: a config's word, or that of the architecture it names, else the
-    dialect's custom.
+    """The MLP's activation: from the config, or from the architecture that it names, else the
+    convention of the dialect.
 
     Raises:
       UserError: an activation that this model does not have.
@@ -149,8 +149,8 @@ def activation(dialect: str, config: Mapping[str, Any] | None, report: LoadRepor
             or _architecture(config).get("activation"))
     if told:
         if told not in _ACTIVATIONS:
-            raise UserError(f"{report.source}: its config says activation {told!r}; known are "
-                            f"{', '.join(_ACTIVATIONS)}.")
+            raise UserError(f"{report.source}: its config has the activation {told!r}; supported "
+                            f"are {', '.join(_ACTIVATIONS)}.")
         return _ACTIVATIONS[told]
     chosen = "gelu_tanh" if dialect == "google" else "gelu"
     report.assumptions.append(
@@ -273,17 +273,17 @@ def position_grid(
             return asked
         other = told or asked
         raise UserError(
-            f"{report.source}: its {count} position embeddings are no square grid"
-            f"{f', nor one of {other[0]}x{other[1]}' if other else ''}; load_model takes the "
-            "(height, width) that it was trained at as image_size, or as trained_size beside "
-            "another."
+            f"{report.source}: its {count} position embeddings do not form a square grid"
+            f"{f', nor one of {other[0]}x{other[1]}' if other else ''}; pass the (height, width) "
+            "that it was trained at to load_model as image_size, or as trained_size if image_size "
+            "differs."
         )
     report.assumptions.append(f"a square grid of {side}x{side} patches")
     return side, side
 
 
 def stride(params: Mapping[str, np.ndarray], structure: Structure) -> int:
-    """Pixels per side of what one token sees."""
+    """Pixels per side of the image region that one token stands for."""
     stem = 1 if structure.resnet_stages is None else total_stride(structure.resnet_stages)
     return stem * params["embedding/kernel"].shape[0]
 

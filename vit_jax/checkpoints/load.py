@@ -1,4 +1,4 @@
-"""`load_model`: any ViT checkpoint that people have, with an account of every tensor."""
+"""`load_model`: reads ViT checkpoints in all common formats, and accounts for every tensor."""
 
 import contextlib
 import dataclasses
@@ -76,25 +76,26 @@ def load_model(path: str | Path, **overrides) -> Loaded:
 
     Reads Google's npz in every dialect; timm, DeiT, DINO, DINOv2 and MAE encoders in timm's names;
     Hugging Face ViT directories; torchvision's state dicts; workdirs of `vit_jax.main`. Which one
-    it is shows in the contents, not in the name.
+    it is, is determined from the contents, not from the name.
 
     Args:
       path: where it is, or a name such as 'augreg:B/16'.
       **overrides: fields of the model (`num_classes=10`, `dtype='bfloat16'`,
         `representation_size=None`, `num_heads=`, `activation=`, ...); and
         image_size: (height, width) or one number; the position embedding is resized,
-        trained_size: (height, width) that it was trained at, which a file of a rectangular grid
-          does not tell; without it a square is assumed, and where it can be none, `image_size`,
+        trained_size: (height, width) that it was trained at, which a file does not show if its
+          grid is not square; by default a square is assumed or, if that is impossible,
+          `image_size`,
         position_resize: how, see `resize.POSITION_MODES`; the default is 'corner_aligned',
-        channels: of the images, where they shall be others than the file's; the first layer is
-        adapted, mean and std are averaged,
-        reset_head: True for a zero head even where the number of classes agrees,
-        mean, std: of the pixels in [0, 1], where the file does not tell,
+        channels: of the images, if different from the file's; the first layer is adapted, mean
+        and std are averaged,
+        reset_head: True for a zero head even if the number of classes agrees,
+        mean, std: of the pixels in [0, 1], if the file does not contain them,
         checkpoint: 'last' (default) or 'best' of a workdir,
         ema: True for the averaged weights of a run with config.ema_decay.
 
     Raises:
-      UserError: unreadable, not a ViT, or tensors that are missing or left over.
+      UserError: unreadable, not a ViT, or tensors that are missing or unexpected.
     """
     options = {key: overrides.pop(key) for key in list(overrides) if key in _OPTIONS}
     for key in ("image_size", "trained_size"):
@@ -230,13 +231,13 @@ def read(
         library = layouts.recognise(file.tensors)
         if library is None:
             examples = ", ".join(f"{name:.80}" for name in list(file.tensors)[:3])
-            raise UserError(f"{file.path} holds no Vision Transformer that is known here; its "
+            raise UserError(f"{file.path} does not contain a supported Vision Transformer; its "
                             f"tensors are called {examples}, ...")
         return _read_pytorch(file, library, report, num_heads, sizes)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Shapes that nobody expects, or a config.json of something else.
-        settings = ", or the config.json beside it is not its own" if file.config else ""
-        raise UserError(f"{file.path} is no Vision Transformer that is known here{settings} "
+        settings = ", or the config.json beside it belongs to another file" if file.config else ""
+        raise UserError(f"{file.path} is not a supported Vision Transformer{settings} "
                         f"({error}).") from error
 
 
@@ -365,8 +366,8 @@ def _read_pytorch(file, library, report, num_heads, sizes):
         try:
             parts = entry.transform.load(tensor, heads)
         except ValueError as error:
-            raise UserError(f"{file.path}: {entry.theirs} has shape {list(tensor.shape)}, which is "
-                            f"none of a Vision Transformer ({error}).") from None
+            raise UserError(f"{file.path}: {entry.theirs} has shape {list(tensor.shape)}, which "
+                            f"does not fit a Vision Transformer ({error}).") from None
         for ours, part in zip(entry.ours, parts, strict=True):
             params[ours] = np.ascontiguousarray(part)
             report.renamed.append((entry.theirs, ours, part.shape))
@@ -383,7 +384,7 @@ def _contents(params, file, report, sizes):
                        (f"{block}{layouts.ATTENTION}query/kernel", 3)):
         if name not in params or params[name].ndim != axes:
             problem = f"is {list(params[name].shape)}" if name in params else "does not exist"
-            raise UserError(f"{file.path} is no Vision Transformer that is known here: {name} "
+            raise UserError(f"{file.path} is not a supported Vision Transformer: {name} "
                             f"{problem}{'' if name in params else _near(name, params)}.")
     height, width = params["embedding/kernel"].shape[:2]
     if height != width:
@@ -398,7 +399,7 @@ def _contents(params, file, report, sizes):
     infer.with_class_slot(params, structure, told_grid, asked_grid, report)
     grid = infer.position_grid(params, structure, told_grid, asked_grid, report)
     if grid is None:
-        report.assumptions.append("images of 224x224; image_size= says otherwise")
+        report.assumptions.append("images of 224x224; pass image_size= to override it")
     size = (grid[0] * stride, grid[1] * stride) if grid else (224, 224)
     fields = infer.model_fields(params, structure)
     fields["position_embedding"] = infer.position_embedding(structure, file.config, report)
@@ -431,11 +432,11 @@ def _check_names(tensors, entries, path):
     missing = [name for name in entries if name not in tensors]
     surplus = [name for name in tensors if name not in entries]
     lines = [f"missing {name}" + _near(name, surplus) for name in missing]
-    lines += [f"left over {name} {list(tensors[name].shape)}" + _near(name, entries)
+    lines += [f"unexpected {name} {list(tensors[name].shape)}" + _near(name, entries)
               for name in surplus]
     if lines:
         shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
-        raise UserError(f"{path} is not quite a Vision Transformer as it is known here:\n  "
+        raise UserError(f"{path} differs from the Vision Transformers that are supported:\n  "
                         + "\n  ".join(shown))
 
 

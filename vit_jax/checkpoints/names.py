@@ -59,8 +59,8 @@ class Remote(NamedTuple):
 def is_name(text: str) -> bool:
     """Whether `text` has the form of a name rather than of a path.
 
-    Existing files and directories, Windows drives and addresses (`https://...`) are none. The
-    family may be a wrong one; `resolve` names the nearest.
+    False for existing files and directories, Windows drives and URLs (`https://...`). The family
+    need not exist; `resolve` then suggests the nearest.
     """
     is_like_one = re.match(r"[A-Za-z0-9_+]{2,}:(?!//)", text)
     return is_like_one is not None and not os.path.exists(text)
@@ -161,7 +161,7 @@ def _augreg_file(name, model, cache_dir, progress):
         raise UserError(f"{name!r} is not published{did_you_mean(model, AUGREG)} "
                         f"The models of AugReg are: {', '.join(AUGREG)}.")
     if resolution == 384:
-        raise UserError(f"{name!r}: AugReg pretrained at 224 pixels; a fine-tuned file is meant by "
+        raise UserError(f"{name!r}: AugReg pretrained at 224 pixels; for a fine-tuned file, use "
                         f"'augreg:{variant},dataset=imagenet2012,resolution=384'.")
     return _best_file(name, variant, _parse_choice(name, pairs), cache_dir, progress)
 

@@ -21,7 +21,7 @@ def check_out(out: Path, target: str, overwrite: bool) -> None:
     """Raises UserError if writing would touch anything but an earlier export."""
     # os.path says no, where pathlib raises, to a name that is too long.
     if not os.path.isdir(out.parent):
-        raise UserError(f"{out.parent} is no directory; create it, or correct --out.")
+        raise UserError(f"{out.parent} is not a directory; create it, or correct --out.")
     if not os.path.lexists(out):
         return
     if target == "npz":
@@ -35,7 +35,7 @@ def check_out(out: Path, target: str, overwrite: bool) -> None:
     else:
         mark, where = out / REPORT, f"it has no {REPORT}"
     if overwrite and not os.path.isfile(mark):
-        raise UserError(f"{out} is no earlier export ({where}), so --overwrite leaves it alone; "
+        raise UserError(f"{out} is not an earlier export ({where}), so --overwrite keeps it; "
                         "choose another --out.")
     if overwrite and target != "npz" and (
             others := sorted(path.name for path in out.iterdir() if path.name not in _OF_EXPORTS)):
@@ -46,7 +46,7 @@ def check_out(out: Path, target: str, overwrite: bool) -> None:
 
 
 def beside(out: Path) -> Path:
-    """Where the report of an npz lies, which also marks the npz as an export."""
+    """The path of an npz's report, which also marks the npz as an export."""
     return out.with_name(f"{out.name}.{REPORT}")
 
 

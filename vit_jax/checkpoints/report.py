@@ -5,19 +5,19 @@ import dataclasses
 
 @dataclasses.dataclass
 class LoadReport:
-    """An account of a load; `str(report)` is for people.
+    """What happened to every tensor; `str(report)` is human-readable.
 
     Attributes:
       source: what was read.
-      dialect: whose names it has: 'google', 'timm', 'hf', 'torchvision' or 'vit_jax'.
+      dialect: whose naming scheme it uses: 'google', 'timm', 'hf', 'torchvision' or 'vit_jax'.
       renamed: (name in the file, our path, shape) of every parameter that comes from the file.
       resized: (our path, old shape, new shape, how).
       reset: (our path, new shape, why): parameters that were initialised anew.
       dropped: (name in the file, shape as ours or as in the file, why). Every tensor of the file
         is renamed or dropped, every parameter of the model renamed or reset.
       missing: (our path, shape) that the file does not have; not empty only inside an error.
-      assumptions: what neither the shapes nor a config said.
-      warnings: what is probably not as the user thinks.
+      assumptions: what could be inferred neither from the shapes nor from a config.
+      warnings: what the user might not expect.
     """
 
     source: str

@@ -56,7 +56,7 @@ def resize_position_embedding(
     Args:
       embedding: [1, P + h*w, D], the grid row by row after the prefix.
       old_grid: (h, w), the patches it was made for.
-      new_grid: (H, W), the patches it shall be for.
+      new_grid: (H, W), the patches it is resized to.
       prefix: P, leading rows that belong to no patch (class token, registers) and are kept.
       mode: see `resize_grid`.
 
@@ -116,7 +116,7 @@ def adapt_input_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
     Args:
       kernel: [p, q, C, D].
-      channels: how many there shall be.
+      channels: the new number of channels.
 
     Returns:
       float32 [p, q, channels, D]; the same bits if their number does not change.
@@ -195,8 +195,8 @@ def _apply(rows: np.ndarray, columns: np.ndarray, grid: np.ndarray) -> np.ndarra
 
 def _mode(name: str) -> Callable[[int, int], np.ndarray]:
     if name not in _MODES:
-        raise UserError(f"There is no position embedding mode {name!r} (there are "
-                        f"{', '.join(_MODES)}){did_you_mean(name, _MODES)}")
+        raise UserError(f"There is no resize mode {name!r} for position embeddings, only "
+                        f"{', '.join(_MODES)}{did_you_mean(name, _MODES)}")
     return _MODES[name]
 
 

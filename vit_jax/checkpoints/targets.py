@@ -18,8 +18,8 @@ TARGETS = ("npz", "timm", "hf", "torchvision")
 LIBRARIES = {"npz": "Google's npz", "timm": "timm", "hf": "Hugging Face's ViT",
              "torchvision": "torchvision's ViT"}
 
-# timm's names without their resolution, of our variants. The first with the right ResNet builds
-# also what has no name: every size can be overridden.
+# timm's names, without the resolution, of our variants. A model without a name in timm is built
+# from the first entry with the same ResNet, since every size can be overridden.
 _TIMM = {
     "vit_base_patch16": "B/16", "vit_tiny_patch16": "Ti/16", "vit_small_patch16": "S/16",
     "vit_small_patch32": "S/32", "vit_base_patch8": "B/8", "vit_base_patch32": "B/32",
@@ -59,19 +59,20 @@ def check(
         raise UserError(f"--dtype={dtype} is not one of float32, float16, bfloat16.")
     reason = _impossible(target, model, size, channels)
     if reason:
-        raise UserError(f"{LIBRARIES[target]} cannot hold this model: {reason}.")
+        raise UserError(f"{LIBRARIES[target]} cannot represent this model: {reason}.")
     if target == "npz" and dtype != "float32":
-        raise UserError(f"--dtype={dtype} does not go with --to=npz, whose readers expect float32.")
+        raise UserError(f"--dtype={dtype} cannot be used with --to=npz, whose readers expect "
+                        "float32.")
     if match_eps and target == "npz":
         raise UserError("--match_eps is for timm; Google's npz has our epsilon already.")
     if match_eps and dtype != "float32":
-        raise UserError(f"--match_eps does not go with --dtype={dtype}, whose rounding is larger "
-                        "than what --match_eps removes.")
+        raise UserError(f"--match_eps cannot be used with --dtype={dtype}, whose rounding error is "
+                        "larger than the difference that --match_eps removes.")
     if target == "torchvision" and model.activation != "gelu" and not allow_gelu_change:
         raise UserError(
-            "torchvision's ViT has the exact GELU only, and this model the tanh approximation; "
-            "export to timm or hf, or accept slightly other logits with --allow_gelu_change, which "
-            "measures them."
+            "torchvision's ViT supports only the exact GELU, but this model uses the tanh "
+            "approximation; export to timm or hf, or accept slightly different logits with "
+            "--allow_gelu_change, which reports by how much they differ."
         )
 
 
@@ -105,7 +106,7 @@ def _impossible(target, model, size, channels):
         return ("ViTForImageClassification has no representation layer before its head; "
                 "torchvision's has")
     if target == "torchvision" and (size[0] != size[1] or channels != 3):
-        return (f"torchvision takes square images of 3 channels, and this model "
+        return (f"torchvision takes square images of 3 channels, but this model "
                 f"{size[0]}x{size[1]} of {channels}")
     return None
 

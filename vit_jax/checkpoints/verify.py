@@ -116,7 +116,7 @@ def verify(
     same = sum(name in stored and _same(stored[name], tensor) for name, tensor in written.items())
     result.tensors = (same, max(len(written), len(stored)))
     if same < result.tensors[1]:
-        result.status, result.reason = "FAIL", "what was written is not what is in the file"
+        result.status, result.reason = "FAIL", "the file does not contain what was written"
         return result
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own
@@ -152,8 +152,8 @@ def _compare(result, theirs, expected, model, params, images):
             result.reason = f"{theirs.library} holds other tensors than were written"
     ours = function(model, params)(images)
     if "head/kernel" in params:
-        # Logits that a head of zeros or a fresh one gives are (nearly) those of its bias, whatever
-        # the rest computes: mistakes shrink with them, the tolerance does not.
+        # With a head that is zero or freshly initialised, the logits are (nearly) its bias whatever
+        # the rest computes: errors shrink with them, but the tolerance does not.
         spread = float((ours - params["head/bias"]).std())
         if spread < SMALL:
             zero = not params["head/kernel"].any()

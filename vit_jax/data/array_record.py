@@ -15,10 +15,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from vit_jax.errors import UserError
 
-# One record at a time is read, in no order: reading ahead would be in vain.
+# Records are read one at a time in random order: reading ahead would be useless.
 _OPTIONS, _BUFFER = "readahead_buffer_size:0", 32_768
-# Bytes that tell files apart: the first are records, the last an index of where each of them lies
-# (9 bytes a record) and 64 KiB with its place. The size tells little, since it is rounded up.
+# Bytes that identify a file: the first are records, the last an index of their positions (9 bytes
+# per record) and 64 KiB that locate it. The file size says little, since it is rounded up.
 _START, _END = 65_536, 131_072
 
 
@@ -86,8 +86,8 @@ class Records:
         if reader is None:  # of two threads that come here at once, one opens it in vain
             reader = ArrayRecordReader(path, options=_OPTIONS, file_reader_buffer_size=_BUFFER)
             if not reader.ok():
-                open(path, "rb").close()  # which tells what is wrong if it is not the content
-                raise RuntimeError("it is no whole ArrayRecord file")
+                open(path, "rb").close()  # raises if the problem is not the content
+                raise RuntimeError("it is not a complete ArrayRecord file")
             self._readers[path] = reader
         return reader
 

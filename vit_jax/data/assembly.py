@@ -1,9 +1,8 @@
-"""Batches, row by row: by threads of this process or by processes of their own, ahead of the
-consumer.
+"""Assembles batches row by row, ahead of the consumer, in threads or in worker processes.
 
-Threads start at once and share what they have read, but only one of them runs Python at a time.
-Processes (`vit_jax.data.workers`) take two seconds to start and memory for themselves; what they
-make is the same.
+Threads start immediately and share memory, but only one of them runs Python at a time. Processes
+(`vit_jax.data.workers`) take two seconds to start and use memory of their own; the batches are the
+same.
 """
 
 import collections
@@ -32,7 +31,7 @@ class Example(NamedTuple):
     problem: tuple[str, str] | None = None  # (origin, reason) where it could not be decoded
 
 
-Maker = Callable[[], Callable[[int], Example]]  # makes what makes the example of a position
+Maker = Callable[[], Callable[[int], Example]]  # returns a function: position -> example
 
 
 class Task(NamedTuple):
@@ -45,17 +44,17 @@ class Task(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Where a batch is made."""
+    """The buffer of a batch."""
 
     array: np.ndarray  # uint8 [bytes]
-    slot: object = None  # what its crew knows it by
+    slot: object = None  # the crew's own handle
 
 
 class Crew(Protocol):
-    """Who fills rows; called from as many threads as there are workers."""
+    """What fills rows; called from as many threads as there are workers."""
 
     def memory(self, size: int) -> Memory:
-        """So many bytes, which belong to the caller for as long as it refers to the array."""
+        """A buffer of `size` bytes, which belongs to the caller while it refers to the array."""
         ...
 
     def fill(self, memory: Memory, task: Task) -> list[tuple[str, str]]:
@@ -96,9 +95,9 @@ def assemble(
       crew: fills the rows; it is closed at the end.
       positions: of the examples of each batch.
       size: (height, width) of the images.
-      workers: rows are filled by so many threads, ahead of the consumer; 0: by the consumer's.
-      report: is told (origin, reason) of images that could not be decoded; what it raises ends the
-        batches.
+      workers: number of threads that fill rows ahead of the consumer; 0: the consumer's thread.
+      report: is called with (origin, reason) of images that could not be decoded; what it raises
+        ends the iteration.
     """
     pool = concurrent.futures.ThreadPoolExecutor(
         max(1, workers), thread_name_prefix="decode")  # which starts threads when they are needed

@@ -87,10 +87,10 @@ def inception_box(
     """(top, left, height, width) of an inception crop, drawn as by TensorFlow's
     `sample_distorted_bounding_box`, with which Google's recipes were made.
 
-    The aspect is uniform in its range, then the height among those with which area and image allow
-    that aspect, then the place. So crops are smaller than with a uniform area, which torchvision
-    draws: of a photo of 500x375 the mean area is 0.34 in place of 0.42. Where a hundred draws do
-    not fit, as in a very long image, it is the whole image.
+    The aspect is drawn uniformly from its range, then the height from those that area and image
+    allow for that aspect, then the position. Crops are therefore smaller than with torchvision's
+    uniform area: for a 500x375 photo the mean area is 0.34 instead of 0.42. If a hundred draws do
+    not fit, as in a very long image, the result is the whole image.
     """
     smallest, largest = (share * height * width for share in area)
     for _ in range(_ATTEMPTS):
@@ -135,7 +135,7 @@ def pad_crop(
 def squash(
     image: np.ndarray, size: tuple[int, int], *, antialias: bool, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """The whole image, its aspect given up: the evaluation of Google's code."""
+    """The whole image, resized without keeping its aspect ratio, as Google's code evaluates."""
     return resize(image, size, antialias=antialias, interpolation=interpolation)
 
 
@@ -147,7 +147,7 @@ def center_crop(
     antialias: bool,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """The middle of an image, its aspect kept: torchvision's `Resize` and `CenterCrop`.
+    """The middle of an image, keeping its aspect ratio: torchvision's `Resize` and `CenterCrop`.
 
     The short side becomes `resize_to` and the long side is rounded down; an odd margin leaves
     Python's `round(margin / 2)`, half to even, above and to the left. For a size that is not

@@ -1,7 +1,7 @@
 """From an encoded image to RGB pixels, defined as what Pillow's `convert('RGB')` gives.
 
-Ordinary JPEGs, nearly all photos, take a shorter way to the same bits through simplejpeg, and of
-those `open_image` decodes no more than a crop needs.
+Ordinary JPEGs, nearly all photos, are decoded faster and bit-identically by simplejpeg, and
+`open_image` decodes no more of them than a crop needs.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def decode_image(data: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
     except (BadImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(f"it is no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
+        raise BadImageError(f"it is not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
                             ) from error
     except Exception as error:  # a parser of damaged files raises anything
         reason = str(error) or type(error).__name__
@@ -83,7 +83,7 @@ def decode_image(data: bytes | np.ndarray, *, max_pixels: int) -> np.ndarray:
 
 
 class Whole:
-    """An image that is decoded, to be cut like a `Jpeg`."""
+    """An image that is already decoded, with the interface of `Jpeg`."""
 
     def __init__(self, pixels: np.ndarray):
         """`pixels`: uint8 [H, W, 3]."""
@@ -99,7 +99,7 @@ class Whole:
 
 
 class Jpeg:
-    """An ordinary JPEG that is not decoded further than a crop needs.
+    """An ordinary JPEG, of which no more is decoded than a crop needs.
 
     Attributes:
       height, width: in pixels, upright.
@@ -120,7 +120,7 @@ class Jpeg:
         """The pixels of (top, left, height, width), as a view; without `at_least` to the bit those
         of `decode_image`.
 
-        What is below the box is not decoded: a header is made up in which the image ends there.
+        What is below the box is not decoded: the height in the header is changed to end there.
 
         Args:
           box: (top, left, height, width).
@@ -141,7 +141,7 @@ class Jpeg:
         at = self._frame + 1  # after the precision: 16 bits of height
         shorter = b"".join((self._data[:at], rows.to_bytes(2, "big"), self._data[at + 2:]))
         try:
-            # Not strict: that data are left over is worth a warning to libjpeg.
+            # Not strict, since libjpeg warns about the data that are left over.
             pixels = simplejpeg.decode_jpeg(
                 shorter, min_height=-(-rows // scale), min_width=-(-self._stored[1] // scale),
                 min_factor=scale, strict=False)
@@ -173,7 +173,7 @@ def _scale(height, width, at_least):
 
 
 def open_image(data: bytes | np.ndarray, *, max_pixels: int) -> Jpeg | Whole:
-    """Any image `decode_image` can decode, to be cut: its `height`, `width` and `crop(box)`.
+    """Any image that `decode_image` can decode, with `height`, `width` and `crop(box)`.
 
     Ordinary JPEGs, which are in colour and whole as far as their end tells, are not decoded here.
     Arguments and errors are those of `decode_image`.

@@ -26,14 +26,14 @@ class Folder:
     """A folder of labelled images, with split folders or without."""
 
     def __init__(self, path: str):
-        """Raises UserError where `path` is no readable folder with at least two classes."""
+        """Raises UserError unless `path` is a readable folder with at least two classes."""
         if not path:
             raise UserError("config.data.source='folder:' needs a path: folder:PATH.")
         refuse_bucket("config.data.source", path)
         self._path = os.path.abspath(os.path.expanduser(path))
         self._where = f"folder:{self._path}"
         if not os.path.isdir(self._path):
-            problem = "is no folder" if os.path.exists(self._path) else "does not exist"
+            problem = "is not a folder" if os.path.exists(self._path) else "does not exist"
             raise UserError(
                 f"{self._where} {problem}; give the folder that holds one subfolder of images per "
                 "class."
@@ -122,8 +122,8 @@ class Folder:
             parts = stratified_split(labels, one_in=10)
             if not len(parts[1]):
                 raise UserError(
-                    f"{self._where}: no class has a second image to evaluate on; add images, or "
-                    "split them yourself into folders 'train' and 'val'."
+                    f"{self._where}: no class has a second image that could be held out for "
+                    "evaluation; add images, or split them yourself into 'train' and 'val' folders."
                 )
             self._parts = {
                 split: ([paths[i] for i in indices], labels[indices])
@@ -192,9 +192,10 @@ def _labelled_images(
 
 
 def list_images(folder: str, inside: frozenset[str] = frozenset()) -> list[str]:
-    """The images in a folder and its subfolders, in an order that no file system decides."""
+    """The images in a folder and its subfolders, in an order that does not depend on the file
+    system."""
     here = os.path.realpath(folder)
-    if here in inside:  # a link to a folder that it is in
+    if here in inside:  # a symbolic link to one of its own parents
         return []
     found = []
     for entry in _entries(folder):
@@ -206,7 +207,7 @@ def list_images(folder: str, inside: frozenset[str] = frozenset()) -> list[str]:
 
 
 def is_visible(name: str) -> bool:
-    """Not of what is hidden, or left by macOS in a zip file."""
+    """Whether a name is neither hidden nor left in a zip file by macOS."""
     return not name.startswith(".") and name != "__MACOSX"
 
 

@@ -7,7 +7,7 @@ from importlib import resources
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-    """The 1000 classes in English; their source is told in the file."""
+    """The 1000 classes in English; the file says where they come from."""
     text = resources.files("vit_jax.data").joinpath("imagenet_classes.txt").read_text("utf-8")
     return tuple(line for line in text.splitlines() if not line.startswith("#"))
 

@@ -1,4 +1,4 @@
-"""Sizes of public data sets, for whoever plans a run where the images are not."""
+"""Sizes of public data sets, to plan a run on a machine that does not have them."""
 
 import re
 

@@ -1,8 +1,8 @@
 """From a source to batches: every batch is a pure function of the seed and the step.
 
 The order is a global shuffle of each epoch and the augmentation of a record depends only on the
-seed and its position in the stream, so a run can continue at any step, with any number of workers,
-without having stored anything. Workers decode ahead of the training step, see
+seed and its position in the stream, so a run can resume at any step, with any number of workers,
+without any stored state. Workers decode ahead of the training step, see
 `vit_jax.data.assembly`.
 """
 
@@ -41,7 +41,7 @@ class BadImages:
         return len(self._origins)
 
     def report(self, origin: str, reason: str) -> None:
-        """Raises UserError, or counts and says it once an image."""
+        """Raises UserError, or counts the image and logs a warning once per image."""
         if self.policy == "error":
             raise UserError(
                 f"{origin} cannot be decoded: {reason}. Replace it, or leave out such images with "
@@ -72,11 +72,12 @@ def train_batches(
       size: (height, width) of the model's input.
       bad_images: what to do about images that cannot be decoded.
       first_step: updates that were already made.
-      rows: which rows of every batch, in this order; None for all. Processes share a batch so.
+      rows: which rows of every batch, in this order; None for all. This is how processes split a
+        batch.
 
     Yields:
-      image uint8 [rows, H, W, 3], label int32 [rows], mask bool [rows], flip bool [rows]: images
-      that are still to be mirrored, none with RandAugment, which comes after the flip.
+      image uint8 [rows, H, W, 3], label int32 [rows], mask bool [rows], flip bool [rows]: whether
+      the image is still to be mirrored (never with RandAugment, which comes after the flip).
     """
     share = np.arange(config.batch_size) if rows is None else np.asarray(rows)
     positions = ((step * config.batch_size + share).tolist()
@@ -86,7 +87,7 @@ def train_batches(
 
 
 def _train_examples(source, settings, size, seed) -> Callable[[int], Example]:
-    """What makes the example at a position of the stream."""
+    """Returns a function that makes the example at a position of the stream."""
     view = train_view(size, settings)
     flips, operations = settings.flip, settings.randaugment
 
@@ -138,7 +139,7 @@ def eval_batches(
 
 
 def _eval_examples(source, settings, size) -> Callable[[int], Example]:
-    """What makes the example of a record; of those behind the last, padding."""
+    """Returns a function that makes the example of a record, or padding after the last one."""
     def example(index):
         if index >= len(source):
             return Example(np.zeros((*size, 3), np.uint8), 0, valid=False)
@@ -158,7 +159,7 @@ def _bad(record, error, size):
 
 
 def _batches(make: Maker, positions, source, size, settings, bad_images) -> Iterator[Batch]:
-    """The batches of a stream, by the crew that the config's section `data` asks for."""
+    """The batches of a stream, made by threads or processes as `settings` (config.data) says."""
     count = available_cores() if settings.workers is None else settings.workers
     crew = workers.Processes(make, count) if _by_processes(
         settings.worker_kind, count, source) else Threads(make)
@@ -168,7 +169,7 @@ def _batches(make: Maker, positions, source, size, settings, bad_images) -> Iter
 def _by_processes(kind, count, source) -> bool:
     if kind == "process" and not workers.AVAILABLE:
         raise UserError("config.data.worker_kind='process' needs Linux; set it to 'thread'.")
-    if kind == "auto":  # one worker has nobody to wait for, and pixels in memory take no time
+    if kind == "auto":  # a single worker has no contention, and pixels in memory take no time
         return (workers.AVAILABLE and count > 1 and len(source) > 0
                 and isinstance(source[0].image, bytes))
     return kind == "process" and count > 0

@@ -23,8 +23,8 @@ _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # which only Windows has
 
 
 def read_file(path: str) -> bytes:
-    """All of a file, in four system calls where `open` takes nine: at each of them threads that
-    decode images may have to wait for one another's Python. Raises OSError."""
+    """All of a file, in four system calls where `open` takes nine: at each of them, a decoding
+    thread may have to wait for the global interpreter lock. Raises OSError."""
     file = os.open(path, _READ)
     try:
         size = os.fstat(file).st_size
@@ -37,9 +37,9 @@ def read_file(path: str) -> bytes:
 
 
 def allow_open_files(count: int, what: str, advice: str) -> None:
-    """Lets this process have `count` files open, sockets among them, and some others.
+    """Allows this process to have `count` files (or sockets) open, besides some others.
 
-    The usual limit of 1024 is a soft one: a process may raise it to the hard one.
+    The usual limit of 1024 is a soft limit, which a process may raise up to the hard limit.
 
     Args:
       count: how many.
@@ -55,7 +55,7 @@ def allow_open_files(count: int, what: str, advice: str) -> None:
         return
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if allowed <= count:
-        raise UserError(f"{what} needs {count} open files at once, but only {allowed} may be; "
+        raise UserError(f"{what} needs {count} open files at once, but only {allowed} are allowed; "
                         f"raise the limit (ulimit -n {wanted}), or {advice}.")
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
@@ -76,8 +76,8 @@ class Source(Protocol):
         ...
 
     def identity(self) -> str:
-        """Of which images there are, in which order and with which labels, wherever they lie. A run
-        that goes on with another one would train on images that it has tested, or the reverse."""
+        """Identifies the images, their order and their labels, independent of where they are
+        stored. A run that resumed with a different one might train on images it was tested on."""
         ...
 
 

@@ -58,7 +58,7 @@ def _open(source: str, dir: str | None, image_size: tuple[int, int]) -> DataSet:
     if source == "synthetic":
         return Synthetic(image_size)
     raise UserError(
-        f"config.data.source={source!r} is no data source; it must be one of "
+        f"config.data.source={source!r} is not a data source; it must be one of "
         f"{', '.join(_FORMS)}{_nearest(source)}"
     )
 

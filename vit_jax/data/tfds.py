@@ -159,7 +159,7 @@ def _find(name: str, dir: str | None) -> str:
     match = _NAME.fullmatch(name)
     if not match:
         raise UserError(
-            f"config.data.source={'tfds:' + name!r} names no data set; write tfds:NAME, "
+            f"config.data.source={'tfds:' + name!r} does not name a data set; use tfds:NAME, "
             "tfds:NAME/CONFIG or tfds:NAME:1.2.3."
         )
     came_from = "config.data.dir" if dir else "$TFDS_DATA_DIR"
@@ -235,11 +235,11 @@ def _check_format(folder: str, name: str) -> None:
             how = f"python -m vit_jax.prepare --from={shlex.quote(folder)} --out=ANOTHER_DIR"
         else:
             how = _prepare(name, elsewhere=True)
-        raise UserError(f"tfds:{name}: {folder} is in {formats[0]} form, but ArrayRecord is "
+        raise UserError(f"tfds:{name}: {folder} is in {formats[0]} format, but ArrayRecord is "
                         f"needed: {how}.")
     if not os.path.exists(os.path.join(folder, "features.json")):
-        raise UserError(f"tfds:{name}: {folder} has no features.json, so what its records hold is "
-                        "not known; copy or prepare the data set again.")
+        raise UserError(f"tfds:{name}: {folder} has no features.json, so the contents of its "
+                        "records are unknown; copy or prepare the data set again.")
 
 
 def _promised_classes(folder: str) -> int:

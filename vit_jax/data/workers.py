@@ -1,11 +1,11 @@
-"""Processes that fill rows of batches, for data whose decoding the threads of one process would
-wait for each other with: only one of them runs Python at a time.
+"""Worker processes that fill rows of batches, for data whose decoding would make the threads of one
+process contend for Python's global interpreter lock.
 
-This process cannot fork, since JAX has threads in it. It starts one helper, which imports what
-decoding needs once and forks workers from then on. A worker talks to one thread here over a socket
-and writes into memory that both see. Workers and helper end when their socket does, so none of them
-outlives this process, however that ends; until then they ignore SIGINT and SIGTERM, which a
-terminal or scheduler sends to all processes and which are this one's to answer.
+This process cannot fork, since JAX runs threads in it. It starts one helper, which imports once
+what decoding needs and then forks the workers. A worker talks to one thread of this process over a
+socket and writes to memory that both share. Workers and helper exit when their socket is closed, so
+none of them outlives this process, however it ends; until then they ignore SIGINT and SIGTERM,
+which a terminal or scheduler sends to all processes but which only this one must handle.
 """
 
 import atexit
@@ -37,8 +37,8 @@ AVAILABLE = hasattr(os, "memfd_create")  # Linux
 _HELPER = ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
            "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
            "from vit_jax.data import workers; workers.serve({})")
-_WITHOUT = "--config.data.worker_kind=thread does without."
-_FEWER = "take fewer (--config.data.workers)"
+_WITHOUT = "--config.data.worker_kind=thread uses threads instead."
+_FEWER = "use fewer (--config.data.workers)"
 
 
 class Processes:
@@ -48,7 +48,7 @@ class Processes:
         """`make` is pickled, and called in every process.
 
         Raises:
-          UserError: it cannot be pickled, or so many processes cannot be had.
+          UserError: it cannot be pickled, or so many processes cannot be started.
         """
         try:
             already = len(os.listdir("/proc/self/fd"))
@@ -56,7 +56,7 @@ class Processes:
             self._helper = _helper()
             self._connections = self._helper.fork(make, count)
         except OSError as error:
-            raise UserError(f"{count} processes that decode images cannot be started "
+            raise UserError(f"{count} decoding processes cannot be started "
                             f"({error.strerror or error}); {_FEWER}.") from error
         self._idle = queue.SimpleQueue()
         for connection in self._connections:
@@ -90,29 +90,29 @@ class Processes:
                 raise
             self._helper.check()
             raise UserError(
-                "a process that decodes images has ended; most likely the system ended it for want "
-                f"of memory. Take fewer (--config.data.workers) or smaller batches; {_WITHOUT}"
+                "a decoding process has died; most likely the system killed it because it ran out "
+                "of memory. Use fewer workers (--config.data.workers) or smaller batches; "
+                f"{_WITHOUT}"
             ) from error
         finally:
             self._idle.put(worker)
         if mistake:
             raise UserError(mistake)
         if trace:
-            raise RuntimeError(f"in a process that decodes images:\n{trace}")
+            raise RuntimeError(f"in a decoding process:\n{trace}")
         return problems
 
     def close(self) -> None:
         self._closed = True
         for connection in self._connections:
-            # Not `close`: a thread may be waiting for what comes, which then is the end.
+            # Not `close`: a thread may be waiting in `recv`, which `shutdown` makes end with EOF.
             end = socket.socket(fileno=connection.fileno())
             end.shutdown(socket.SHUT_RDWR)
             end.detach()
 
 
 class _Slot:
-    """Memory that other processes can see, without a name, which nobody would remove after a
-    crash."""
+    """Memory shared with other processes. It has no name that would be left behind by a crash."""
 
     def __init__(self, number: int, size: int):
         self.number = number
@@ -123,7 +123,7 @@ class _Slot:
 
 
 def _search_path() -> list[str]:
-    """Python passes over what is no string in sys.path, such as a Path that somebody appended."""
+    """sys.path without entries that are not strings (such as a Path), which Python ignores too."""
     return [entry for entry in sys.path if isinstance(entry, str)]
 
 
@@ -134,7 +134,7 @@ class _Helper:
         ours, theirs = socket.socketpair()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(_search_path()),  # so that it finds this package
-            "OPENBLAS_NUM_THREADS": "1",  # it may fork only as long as it has no threads
+            "OPENBLAS_NUM_THREADS": "1",  # it can only fork safely while it has no threads
             "JAX_PLATFORMS": "cpu",
         }
         with theirs:
@@ -165,15 +165,15 @@ class _Helper:
                 end.close()
             if isinstance(error, OSError):
                 self.check()
-            self.close()  # it would take what comes next for the rest of this
+            self.close()  # it would read the next request as the rest of this one
             raise
         return [Connection(end.detach()) for end in ours]
 
     def check(self):
-        """Raises UserError if it has ended, also in this moment."""
+        """Raises UserError if it has exited, or is just exiting."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(timeout=1)
-            raise UserError("the process that starts others to decode images has ended, with exit "
+            raise UserError("the helper process that starts the decoding processes has exited with "
                             f"code {code}; {_WITHOUT}")
 
     @property
@@ -199,15 +199,15 @@ def _helper() -> _Helper:
 
 
 def _not_shared(error):
-    return UserError(f"the data source cannot be given to other processes ({error}); let its class "
-                     f"be one of a module that they can import. {_WITHOUT}")
+    return UserError(f"the data source cannot be sent to other processes ({error}); define its "
+                     f"class in a module that they can import. {_WITHOUT}")
 
 
 # --- In the helper and its workers -----------------------------------------------------------
 
 
 def serve(socket_number: int) -> None:
-    """Forks workers for as long as there is somebody to work for."""
+    """Forks workers on request, until the socket is closed."""
     import vit_jax.data.pipeline  # noqa: F401 - once, for all
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers

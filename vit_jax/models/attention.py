@@ -35,8 +35,8 @@ def choose_implementation(
       relative_positions: whether the logits get learned terms of relative positions.
 
     Returns:
-      (name, reason): 'xla' or 'cudnn', and what ruled cuDNN out where 'auto' came to 'xla'
-      (otherwise '').
+      (name, reason): 'xla' or 'cudnn', and if 'auto' chose 'xla', what ruled out cuDNN (otherwise
+      '').
 
     Raises:
       ValueError: 'cudnn' is requested and cannot be used.
@@ -61,7 +61,7 @@ def _rules_out_cudnn(dtype, length, head_dim, dropout_rate, relative_positions):
 
 @functools.cache
 def _cudnn_refusal(dtype: str, length: int, head_dim: int) -> str:
-    """What the versions of JAX, XLA and cuDNN at hand say against it; '' if nothing."""
+    """Why the installed versions of JAX, XLA and cuDNN reject it; '' if they do not."""
     heads = jax.ShapeDtypeStruct((1, fused_length(length), 1, head_dim), dtype)
     try:
         _compile(jax.grad(lambda x: fused_attend(x, x, x, length).sum()), heads)
@@ -97,7 +97,7 @@ def fused_length(length: int) -> int:
 
 
 def of_length(x: jax.Array, length: int) -> jax.Array:
-    """Tokens [B, N, D] cut, or filled up with zeros, to [B, length, D]."""
+    """Tokens [B, N, D] truncated, or padded with zeros, to [B, length, D]."""
     return jnp.pad(x[:, :length], ((0, 0), (0, max(0, length - x.shape[1])), (0, 0)))
 
 
@@ -106,7 +106,8 @@ def fused_attend(
 ) -> jax.Array:
     """`attend` by the kernel that `jax.nn.dot_product_attention` calls `implementation`.
 
-    None attends to the tokens after the first `length`; what these attend to means nothing.
+    Tokens after the first `length` are padding: nothing attends to them, and their own results are
+    meaningless.
     """
     lengths = None
     if query.shape[1] > length:
@@ -119,10 +120,10 @@ def fused_attend(
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """`softmax(q k^T / sqrt(d)) v` of queries, keys and values [B, N, H, d], in their type.
 
-    The same numbers as from `jax.nn.softmax`, in the order of FlashAttention (arXiv 2205.14135):
-    what is divided by the sum of the weights is their product with the values [N, d], not the
-    weights [N, N], and the backward pass needs them undivided too. XLA's CPU backend is three
-    times faster on it, above all because heads come before tokens in every product.
+    Equal to using `jax.nn.softmax`, but computed in the order of FlashAttention (arXiv 2205.14135):
+    the normalisation divides the product with the values, [N, d], instead of the weights, [N, N],
+    and the backward pass, too, uses the unnormalised weights. XLA's CPU backend runs this three
+    times as fast, mainly because heads come before tokens in every product.
     """
     return _attend_forward(query, key, value)[0]
 
@@ -140,7 +141,7 @@ def _attend_forward(query, key, value):
 
 
 def _attend_backward(residuals, cotangent):
-    # Without the barrier XLA's GPU compiler keeps the float32 logits instead, to repeat `exp`.
+    # Without the barrier XLA's GPU compiler saves the float32 logits instead and recomputes `exp`.
     query, key, value, weights, total, heads = jax.lax.optimization_barrier(residuals)
     # The gradient of softmax subtracts the weighted mean of the weights' gradients; summed with
     # the values first, it needs no array [N, N] (arXiv 2205.14135, B.2).
@@ -164,18 +165,18 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 @jax.custom_vjp
 def product_apart(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel` of [T, D] and [D, K], which XLA joins with no other product of the same x.
+    """`x @ kernel` of [T, D] and [D, K], not merged with other products of the same x by XLA.
 
-    Its GPU compiler makes one product of small ones (of up to 64 MB), forward and backward. Then
-    the biases of queries, keys and values are added, and the three cut apart, by operations that
-    read and write them once more, and their gradients are joined by another.
+    Its GPU compiler merges small ones (up to 64 MB) into one product, forward and backward. Adding
+    the biases of queries, keys and values and splitting the result then takes another pass over
+    memory, and concatenating their gradients yet another.
     """
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     return x @ kernel
 
 
 def _product_forward(x, kernel):
-    # Written out: remat's policies look for products, and not into functions of custom gradients.
+    # Written out, since remat's policies look for products but not inside custom VJPs.
     apart = jax.lax.optimization_barrier((x, kernel))
     return jnp.matmul(*apart), (x, kernel)
 
@@ -189,8 +190,8 @@ product_apart.defvjp(_product_forward, _product_backward)
 
 
 class _Projection(nn.Module):
-    """`nn.DenseGeneral` to heads as a product of matrices: cuBLAS adds a bias that is a vector, but
-    one of [H, d] XLA writes out for every token first. `apart`: by `product_apart`."""
+    """`nn.DenseGeneral` to heads as a plain matrix product: cuBLAS can add a bias that is a vector,
+    but XLA first broadcasts one of shape [H, d] to all tokens. `apart`: use `product_apart`."""
 
     num_heads: int
     head_dim: int
@@ -222,7 +223,7 @@ class MultiHeadDotProductAttention(nn.Module):
     Attributes:
       num_heads: heads H; must divide the width D.
       dtype: type of the computation.
-      dropout_rate: dropout of the attention weights (every weight drawn for itself).
+      dropout_rate: dropout of the attention weights (drawn independently for every weight).
       relative_positions: adds `q . r[p_q - p_k]` to the logits (paper, appendix D.4), with one
         learned vector r per offset and head.
       implementation: 'xla'; 'cudnn' for the fused kernel of NVIDIA GPUs; or 'auto' for whichever
@@ -239,10 +240,10 @@ class MultiHeadDotProductAttention(nn.Module):
     def __call__(
         self, x: jax.Array, *, length: int | None = None, queries: int | None = None, train: bool,
     ) -> jax.Array:
-        """Maps tokens [B, N, D] to [B, N, D], or with `queries` the first so many: [B, queries, D].
+        """Maps tokens [B, N, D] to [B, N, D], or only the first `queries` of them: [B, queries, D].
 
-        Where `length` is given, the tokens after that many fill up for cuDNN's kernel: none attends
-        to them, and what they become means nothing.
+        If `length` is given, the tokens after it are padding for cuDNN's kernel: nothing attends to
+        them, and their outputs are meaningless.
         """
         batch, tokens, width = x.shape
         length = tokens if length is None else length
@@ -254,7 +255,7 @@ class MultiHeadDotProductAttention(nn.Module):
             )
         head_dim = width // self.num_heads
 
-        # A fused kernel never holds the weights, so recording them takes the path that does.
+        # A fused kernel never materialises the weights, so recording takes the path that does.
         recording = self.is_mutable_collection("intermediates")
         implementation, _ = choose_implementation(
             "xla" if recording else self.implementation,
@@ -264,10 +265,10 @@ class MultiHeadDotProductAttention(nn.Module):
             dropout_rate=self.dropout_rate if train else 0.0,
             relative_positions=self.relative_positions,
         )
-        fused = implementation == "cudnn" and queries is None  # of a few queries there is no need
-        # Here and not around the kernel, where XLA would copy eight arrays for it and not two.
+        fused = implementation == "cudnn" and queries is None  # a few queries do not need it
+        # Padded here and not around the kernel, where XLA would copy eight arrays instead of two.
         x = of_length(x, fused_length(length) if fused else length)
-        # A single token an image is so small that a compiler would rather split it by feature.
+        # A single token per image is so small that the compiler would prefer to shard its features.
         asking = constrain_tokens(x[:, :queries])
         query, key, value = (
             _Projection(self.num_heads, head_dim, self.dtype, implementation == "cudnn",

@@ -1,7 +1,7 @@
-"""GELU whose backward pass keeps its argument alone.
+"""GELU whose backward pass saves only its input.
 
-Differentiated by JAX, it would keep the argument and what follows from it, three arrays as wide as
-the MLP. To compute these again costs less than to write and read them, on a GPU as on a CPU.
+By default, JAX would save the input and intermediate results, three arrays as wide as the MLP.
+Recomputing these costs less than writing and reading them, on GPUs as well as on CPUs.
 """
 
 import functools
@@ -20,9 +20,9 @@ _CUBIC = 0.044715
 def gelu(x: jax.Array, approximate: bool) -> jax.Array:
     """`x * Phi(x)` with the normal distribution function Phi (arXiv 1606.08415), any shape.
 
-    Computed in float32 and returned in the type of x. `approximate` is the formula with tanh,
-    written as `x * sigmoid(2 u)`, for 1 + tanh(u) = 2 sigmoid(2 u), or as cuBLAS takes it over;
-    otherwise Phi is exact.
+    Computed in float32 and returned in the type of x. `approximate` selects the tanh formula,
+    written as `x * sigmoid(2 u)`, since 1 + tanh(u) = 2 sigmoid(2 u), or in the form that XLA lets
+    cuBLAS compute; otherwise Phi is exact.
     """
     if approximate and _cublas_computes_it(x.dtype):
         return as_xla_knows_it(x)
@@ -31,16 +31,16 @@ def gelu(x: jax.Array, approximate: bool) -> jax.Array:
 
 
 def _cublas_computes_it(dtype) -> bool:
-    """Whether a matrix product with GELU behind it takes less time than both by themselves. So it
-    is reported of 16 bits on the GPUs of data centers since Hopper, and the opposite of others
+    """Whether fusing GELU into the preceding matrix product is faster than running both separately.
+    That is reported for 16-bit types on data-center GPUs since Hopper, and the opposite for others
     (github.com/karpathy/llm.c, pull requests 338 and 591; sgl-project/sglang, 28168 and 34350)."""
     return dtype.itemsize == 2 and (9, 0) <= compute_capability() < (11, 0)
 
 
 def as_xla_knows_it(x: jax.Array) -> jax.Array:
-    """The formula with tanh in the form that XLA finds behind a matrix product, which then writes
-    GELU of its float32 results, so that the hidden layer is not read and written once more. Found
-    elsewhere it is computed in the type of x, and rounded at every step."""
+    """The tanh formula in the form that XLA can fuse into a preceding matrix product, which then
+    applies GELU to its float32 results, so that the hidden layer is not read and written again.
+    Where it is not fused, it is computed in the type of x and rounded at every step."""
     u = (_SLOPE / 2) * (x + _CUBIC * (x * (x * x)))
     return x * (0.5 * (1 + jnp.tanh(u)))
 

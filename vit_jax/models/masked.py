@@ -14,7 +14,7 @@ from vit_jax.models.vit import VisionTransformer
 TARGETS = ("mean_color", "downsized_colors", "pixels")
 COLORS = 512  # 3 bits for each of red, green and blue
 CELLS = 16  # of a patch that is downsized to 4x4
-MASK = -1  # in `sources`, where the mask token stands
+MASK = -1  # in `sources`: replaced by the mask token
 
 
 def corrupted_count(patches: int, rate: float) -> int:
@@ -126,7 +126,7 @@ class MaskedPatchModel(VisionTransformer):
 
 
 def masked_patch_model(model: VisionTransformer, target: str) -> MaskedPatchModel:
-    """The model that pretrains `model`, whose head and representation layer it leaves out."""
+    """The model for pretraining `model`, without its head and representation layer."""
     without = {"num_classes": 0, "representation_size": None}
     return MaskedPatchModel(**(_fields(model) | without), target=target)
 

@@ -1,7 +1,7 @@
 """The ResNets' max-pooling, with a gradient of comparisons and sums.
 
-For the gradient that JAX has, XLA's GPU compiler keeps the place of every window's maximum and then
-scatters, and its CPU backend is five times slower (docs/performance.md).
+For JAX's own gradient, XLA's GPU compiler stores the index of every window's maximum and then
+scatters, and its CPU backend takes five times as long (docs/performance.md).
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maxima of 3x3 windows two apart, `nn.max_pool(x, (3, 3), (2, 2), 'SAME')`, of [B, H, W, C].
+    """3x3 max-pooling with stride 2, `nn.max_pool(x, (3, 3), (2, 2), 'SAME')`, of [B, H, W, C].
 
     The gradient is the same too: all of it goes to the first maximum of a window, row by row.
     """

@@ -1,4 +1,4 @@
-"""Where a token stands: the position embeddings that are added to the tokens."""
+"""The position embeddings that are added to the tokens."""
 
 import flax.linen as nn
 import jax

@@ -12,7 +12,7 @@ def einsum_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
     Attention logits and class logits need the float32 result. Plain
     `preferred_element_type=float32` would give it too, but its gradient multiplies a float32
-    cotangent with a bfloat16 operand, and that product runs at float32 speed. Here the cotangent
+    cotangent by a bfloat16 operand, and that product runs at float32 speed. Here the cotangent
     is rounded to the operands' type first, so every matrix multiplication of a bfloat16 model is
     a bfloat16 one.
     """

@@ -46,9 +46,9 @@ class StdConv(nn.Module):
 
 @jax.custom_vjp
 def add_relu(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`relu(a + b)` whose backward pass looks at the result, not at the sum: that is kept for the
-    next convolution, but the sum XLA's GPU compiler would compute again, from the shortcut and from
-    what group normalisation begins with."""
+    """`relu(a + b)` whose backward pass uses the result instead of the sum. The result is saved for
+    the next convolution anyway, whereas XLA's GPU compiler would recompute the sum from the
+    shortcut and the input of group normalisation."""
     return nn.relu(a + b)
 
 
@@ -58,7 +58,7 @@ def _add_relu_forward(a, b):
 
 
 def _add_relu_backward(result, cotangent):
-    # Without the barrier XLA knows that relu(x) > 0 is x > 0.
+    # Without the barrier XLA would simplify relu(x) > 0 to x > 0 and need the sum after all.
     cotangent = jnp.where(jax.lax.optimization_barrier(result) > 0, cotangent, 0)
     return cotangent, cotangent
 

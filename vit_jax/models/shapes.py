@@ -1,4 +1,4 @@
-"""Shapes of a model's parameters. A start asks for them many times; the model is traced once."""
+"""Shapes of a model's parameters, cached: start-up needs them many times, and tracing is slow."""
 
 import functools
 from typing import Any
@@ -11,8 +11,8 @@ from vit_jax.models.scan import stack_blocks
 
 
 def params_shapes(model: nn.Module, image_size: tuple[int, int], channels: int = 3) -> Any:
-    """The model's parameter tree, of `jax.ShapeDtypeStruct`, for images of (height, width). It is
-    the same object for all who ask, and not to be changed.
+    """The model's parameter tree, of `jax.ShapeDtypeStruct`, for images of (height, width). The
+    result is cached and shared between callers: do not modify it.
 
     Raises:
       ValueError: the model cannot take such images, or its sizes contradict each other.

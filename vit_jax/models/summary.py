@@ -81,7 +81,7 @@ def summarize(model: nn.Module, image_size: tuple[int, int], channels: int = 3) 
         return output
 
     def forward(params, images):
-        with nn.intercept_methods(record):  # recording its tokens, the model leaves out none
+        with nn.intercept_methods(record):  # with intermediates, the model skips no tokens
             return model.apply({"params": params}, images, train=False, mutable=["intermediates"])
 
     jaxpr = jax.make_jaxpr(forward)(params, images).jaxpr
@@ -191,8 +191,8 @@ def format_summary(summary: Summary, depth: int = 2) -> str:
         f"({_scaled(summary.flops // 2)} multiply-adds)"
     )
     if summary.needed_flops != summary.flops:
-        totals += (f"\nOf these are computed: {summary.needed_flops:,}, since of the last block "
-                   "only the class token is read")
+        totals += (f"\nActually computed: {summary.needed_flops:,}, since only the class token of "
+                   "the last block is read")
     return "\n".join((text[0], rule, *text[1:], rule, totals))
 
 

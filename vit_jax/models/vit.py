@@ -111,8 +111,8 @@ class Encoder1DBlock(nn.Module):
       dropout_rate: dropout after the attention projection and both dense layers of the MLP.
       attention_dropout_rate: dropout of the attention weights.
       layer_scale: initial gamma of LayerScale on both branches; None for none.
-      position_embedding: kind of a position embedding of the block's own, added to what comes in;
-        None for none.
+      position_embedding: kind of the block's own position embedding, added to its input; None for
+        none.
       activation, relative_positions, attention_implementation: see `VisionTransformer`.
     """
 
@@ -132,10 +132,10 @@ class Encoder1DBlock(nn.Module):
         self, x: jax.Array, *, grid: tuple[int, int] | None = None, length: int | None = None,
         queries: int | None = None, drop_branch_rate=None, train: bool,
     ) -> jax.Array:
-        """Maps tokens [B, N, D] to [B, N, D], or with `queries` the first so many: [B, queries, D].
+        """Maps tokens [B, N, D] to [B, N, D], or only the first `queries` of them: [B, queries, D].
 
-        `grid` is that of the patches, which only a position embedding asks for; `length` is that of
-        `MultiHeadDotProductAttention`. `drop_branch_rate` is this block's probability to skip a
+        `grid` is that of the patches, needed only for a position embedding; `length` is that of
+        `MultiHeadDotProductAttention`. `drop_branch_rate` is this block's probability of skipping a
         residual branch (stochastic depth, drawn for each image and branch); None for never.
         """
 
@@ -198,8 +198,8 @@ class Encoder(nn.Module):
         queries: int | None = None, train: bool,
     ) -> jax.Array:
         """Maps tokens [B, N, D] to [B, R + N, D], float32; registers [1, R, D] follow the class
-        token and get no position. `fused`: the blocks will take cuDNN's attention. With `queries`
-        the last block computes only the first so many tokens: [B, queries, D]."""
+        token and get no position. `fused`: the blocks use cuDNN's attention. With `queries`, the
+        last block computes only the first `queries` tokens: [B, queries, D]."""
         kind, shared = self.position_embedding, None
         if self.position_embedding_at != "stem":
             self._check_place(registers)
@@ -217,7 +217,7 @@ class Encoder(nn.Module):
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         self.sow("intermediates", "tokens", x)
         length = x.shape[1]
-        if fused:  # filled up once, and not in every block
+        if fused:  # padded once, not in every block
             x = of_length(x, fused_length(length))
         x = self._blocks(x, grid, shared, length, queries, train)
         return LayerNorm(name="encoder_norm")(x[:, :length])
@@ -234,7 +234,7 @@ class Encoder(nn.Module):
             reason = "register tokens, which have no position, come after it; use 'stem'"
         else:
             return
-        raise ValueError(f"position_embedding_at={place!r} does not go with "
+        raise ValueError(f"position_embedding_at={place!r} cannot be combined with "
                          f"position_embedding={kind!r}: {reason}.")
 
     def _blocks(self, x, grid, positions, length, queries, train):
@@ -252,7 +252,7 @@ class Encoder(nn.Module):
 
             if self.remat == "none":
                 return run
-            # In a loop there is nothing to be found equal to what is computed a second time.
+            # Inside a loop XLA's CSE cannot undo remat, so it need not be prevented.
             return nn.remat(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not loop)
 
         if not self.scan_layers:
@@ -303,12 +303,12 @@ class VisionTransformer(nn.Module):
       position_embedding_at: where it is added (paper, Table 8): 'stem' (once, to the patch
         embeddings), 'every_layer' (each block has its own and begins with adding it) or
         'every_layer_shared' (one, added at the beginning of every block).
-      dropout_rate: dropout after the position embedding and after every dense layer but q, k, v.
+      dropout_rate: dropout after the position embedding and every dense layer except q, k, v.
       attention_dropout_rate: dropout of attention weights.
-      stochastic_depth_rate: probability to skip a residual branch in the last block.
+      stochastic_depth_rate: probability of skipping a residual branch in the last block.
       dtype: type of the computation; parameters, LayerNorm, softmax and logits are float32.
       scan_layers: one compiled block run in a loop; parameters get a leading layer axis.
-      scan_unroll: leaves of `scan_layers` no loop, but the parameters with a layer axis.
+      scan_unroll: with `scan_layers`, unrolls the loop but keeps the layer axis of the parameters.
       remat: what the backward pass recomputes: 'none', 'full', 'dots' (all but matrix products
         with weights), 'names' (all but attention outputs and MLP hidden layers).
       attention_implementation: 'xla', 'cudnn' (NVIDIA's fused kernel, for bfloat16), or 'auto' for
@@ -359,7 +359,7 @@ class VisionTransformer(nn.Module):
         self, x: jax.Array, grid: tuple[int, int], *, queries: int | None = None, train: bool,
     ) -> jax.Array:
         """Patch embeddings [B, h * w, D] to the encoder's tokens, float32, patches last; with
-        `queries` to the first so many of them."""
+        `queries`, only to the first `queries` of them."""
         if self.classifier in ("token", "token_unpooled"):
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
             cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.hidden_size)).astype(x.dtype)
@@ -372,7 +372,7 @@ class VisionTransformer(nn.Module):
                 (1, self.register_tokens, self.hidden_size),
             )
 
-        # What records the attention weights cannot take a kernel that never holds them.
+        # A fused kernel never materialises the attention weights, so recording cannot use it.
         recording = self.is_mutable_collection("intermediates")
         fused = not recording and self._kernel(x.shape[1], train)[0] == "cudnn"
         return Encoder(
@@ -413,7 +413,7 @@ class VisionTransformer(nn.Module):
             their ResNet times the patch size), or does not fit the position embedding.
         """
         patches, grid = self.embed_patches(images)
-        # What records the tokens wants them all.
+        # Recording needs all tokens.
         alone = self.leaves_out_tokens and not self.is_mutable_collection("intermediates")
         x = self.encode_patches(patches, grid, queries=1 if alone else None, train=train)
 
@@ -444,7 +444,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def stem_stride(self) -> int:
-        """Pixels per position of what the patches are cut from: 1, or the stride of the ResNet."""
+        """Image pixels per position of the patches' input: 1, or the stride of the ResNet."""
         return 1 if self.resnet_stages is None else resnet.total_stride(self.resnet_stages)
 
     @nn.nowrap

@@ -48,7 +48,7 @@ def make_extractor(
 ) -> Callable[..., Features]:
     """Returns extract(params, source, indices=None) -> Features.
 
-    `indices`, ascending, are the only records that are read; None for all. Images are seen as in
+    Only the records `indices` (ascending) are read; None for all. Images are preprocessed as in
     evaluation.
 
     Args:

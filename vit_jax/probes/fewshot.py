@@ -1,11 +1,11 @@
 """Few-shot linear classification: the paper's quick measure of a representation (section 4.1).
 
 Regularised least squares from the features of a few images per class to targets in {-1, 1}, solved
-in closed form. All that the paper leaves open is as in big_vision's `evaluators/fewshot_lsr.py`:
-features are standardised with mean and deviation of the few training images, a constant feature of
-100 is the bias (so large that it is hardly regularised), l2 is 2^10, and three seeds choose the
-images. Unlike there, nothing is recomputed for other values of l2, so a linear solve takes the
-place of the eigendecomposition, in float64; the classifier is the same.
+in closed form. Whatever the paper leaves open is as in big_vision's `evaluators/fewshot_lsr.py`:
+features are standardised with the mean and standard deviation of the few training images, a
+constant feature of 100 serves as the bias (so large that it is hardly regularised), l2 is 2^10, and
+the images are drawn with three seeds. Unlike there, only one value of l2 is used, so a linear solve
+in float64 replaces the eigendecomposition; the classifier is the same.
 """
 
 from collections.abc import Sequence

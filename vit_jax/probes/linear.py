@@ -1,8 +1,8 @@
 """Linear probe: logistic regression on features, fitted to convergence with L-BFGS.
 
-The features are standardised with mean and deviation of the training images. Of the regularisation
-strengths in `STRENGTHS` the one is taken that classifies a held-out tenth of the training images
-best; the probe is then fitted to all of them.
+The features are standardised with the mean and standard deviation of the training images. The
+regularisation strength is chosen from `STRENGTHS` by the accuracy on a held-out tenth of the
+training images; the probe is then fitted to all of them.
 """
 
 from typing import NamedTuple

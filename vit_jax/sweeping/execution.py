@@ -88,7 +88,7 @@ def run_all(
         try:
             with locked(where / ".lock") as lock:
                 if result := results.read(workdir, run):
-                    print(title, "was finished before,", _reached(sweep, result), flush=True)
+                    print(title, "already finished,", _reached(sweep, result), flush=True)
                     continue
                 print(title, f"running; its output goes to {where / 'log.txt'}", flush=True)
                 begin = time.monotonic()
@@ -98,7 +98,7 @@ def run_all(
                 elif stopping.signal:
                     break
         except Busy:
-            print(title, "is being run by another process", flush=True)
+            print(title, "in progress in another process", flush=True)
             busy.append(run.name)
             continue
         seconds = format_seconds(time.monotonic() - begin)
@@ -120,7 +120,7 @@ def write_tables(workdir: Path, sweep: Sweep, runs: list[Run]) -> None:
 
 def _run(argument, where, run, stopping, lock) -> str | None:
     """Why the run failed; None if it did not."""
-    # Of several tasks of a cluster's step each runs sweeps of its own; none joins another's run.
+    # If several tasks of a cluster run sweeps, each does so by itself: none joins another's run.
     command = [sys.executable, "-m", "vit_jax.main", "--cluster=none", f"--config={argument}",
                f"--workdir={where}"]
     command += [f"--config.{key}={format_value(value)}" for key, value in run.settings.items()]

@@ -24,8 +24,8 @@ class Sweep:
       cells: row -> column -> {config key: value} that this run changes in the config of the same
         file's `get_config`. Columns that are numbers are drawn to scale. A cell that is left out
         is n/a; cells of equal settings share a run.
-      x: 'columns', or 'flops' for a figure over the forward FLOPs of one image.
-      metric: of the last step in metrics.jsonl, a share; what table and figure show in %.
+      x: 'columns', or 'flops' for the forward FLOPs of one image on the figure's x axis.
+      metric: key in metrics.jsonl whose last value, a fraction, table and figure show in %.
     """
 
     title: str
@@ -63,8 +63,8 @@ class Run:
 
 
 def load(argument: str, overrides: dict[str, str], seeds: int) -> tuple[Sweep, list[Run]]:
-    """Reads `FILE.py[:ARGS]` and lists its runs, seed by seed, so that a sweep that is not finished
-    has as many rows as possible with one seed at least.
+    """Reads `FILE.py[:ARGS]` and lists its runs, seed by seed, so that an unfinished sweep has at
+    least one seed in as many rows as possible.
 
     Args:
       argument: of `--config`; ARGS are passed to both `get_config` and `get_sweep`.
@@ -72,7 +72,7 @@ def load(argument: str, overrides: dict[str, str], seeds: int) -> tuple[Sweep, l
       seeds: repeats; the first has the config's seed, the next that plus 1, ...
 
     Raises:
-      UserError: no such file or sweep, or a run whose config cannot be.
+      UserError: no such file or sweep, or a run with an invalid config.
     """
     base = cli.load_config(argument)
     cli.apply_overrides(base, overrides)

@@ -59,7 +59,7 @@ def read(workdir: Path, run: Run) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, and the run is looked at "
+        raise UserError(f"{path} cannot be read ({error}); delete it to have the run checked "
                         "again.") from None
     return None if set(changed) - _MAY_DIFFER else result
 

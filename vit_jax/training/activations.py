@@ -1,10 +1,10 @@
-"""What the backward pass keeps of the forward pass, read off the traced program.
+"""The activations that are saved for the backward pass, derived from the traced program.
 
-`jax.vjp` says which arrays the backward pass needs. A compiler keeps fewer: what follows from
-others by additions, casts and the like it computes again inside the operation that reads it. Where
-a loop over the blocks (`scan_layers`) hands arrays from the forward to the backward pass, it keeps
-every one. Nothing is computed here, and there is no table of architectures: any model, remat policy
-and dtype is traced as it is.
+`jax.vjp` says which arrays the backward pass needs. A compiler saves fewer: cheap functions of
+others (sums, casts and the like) are recomputed inside the operation that reads them. Only where a
+loop over the blocks (`scan_layers`) passes arrays from the forward to the backward pass, all of
+them are saved. Nothing is computed here, and there is no table of architectures: any model, remat
+policy and dtype is traced as it is.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from vit_jax.training.step import LossSum
 _IMAGES = 10007
 
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-# What a compiler does not repeat for a second reader: sums, transcendental functions, random bits,
-# loops, data movement that is no mere reshape.
+# What a compiler does not recompute for a second consumer: reductions, transcendental functions,
+# random bits, loops, and data movement other than reshapes.
 _COSTLY = _PRODUCTS | {
     "argmax", "cond", "cumsum", "erf", "erf_inv", "exp", "gather", "log", "log1p", "logistic",
     "pow", "random_bits", "random_fold_in", "random_unwrap", "random_wrap", "reduce_max",
@@ -145,7 +145,7 @@ def _arrays(values: Iterable["_Value"]) -> tuple[Array, ...]:
 
 
 class _Value:
-    """An array of the program, whatever variables of nested programs stand for it."""
+    """An array of the program; variables of nested programs may be aliases of it."""
 
     def __init__(self, aval):
         self.aval = aval

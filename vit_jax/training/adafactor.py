@@ -1,9 +1,10 @@
 """Adafactor's update direction, as "Scaling Vision Transformers" uses it.
 
-Adam keeps a second moment per parameter. Adafactor (arXiv 1804.04235) keeps, of a matrix, only the
-moments' means over rows and over columns: hardly any memory. The variant of arXiv 2106.04560,
-section 3.4 (big_vision's `scale_by_adafactor`) neither clips the update nor multiplies it by the
-parameters' scale, and caps the decay so that the average does not freeze in long runs.
+Adam keeps a second moment per parameter. For a matrix, Adafactor (arXiv 1804.04235) keeps only the
+means of these moments over rows and over columns, which take hardly any memory. The variant of
+arXiv 2106.04560, section 3.4 (big_vision's `scale_by_adafactor`), neither clips the update nor
+multiplies it by the parameters' scale, and caps the decay so that the average does not freeze in
+long runs.
 """
 
 from typing import Any, NamedTuple

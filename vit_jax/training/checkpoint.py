@@ -34,14 +34,14 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, writable: bool = True):
-        # By default every array that all devices hold is cut into a part for each of them to write:
-        # thousands of small programs to compile and to run before a save returns.
+        # By default every replicated array is split into one part per device to write: thousands of
+        # small programs to compile and run before a save returns.
         kinds, scalars = ocp.type_handlers, ocp.type_handlers.ScalarHandler()
         state = ocp.PyTreeCheckpointHandler(
             type_handler_registry=kinds.create_type_handler_registry(
                 (int, scalars), (float, scalars), (np.ndarray, kinds.NumpyHandler()),
                 (jax.Array, kinds.ArrayHandler(use_replica_parallel=False))))
-        # Without a registry Orbax could not tell what lies in a checkpoint it did not write.
+        # Without a registry Orbax cannot tell the contents of a checkpoint that it did not write.
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         meta = ocp.JsonCheckpointHandler()
         for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
@@ -116,8 +116,8 @@ class Checkpoints:
                 raise
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"A checkpoint cannot be written to {self._manager.directory} ({reason:.300}); see "
-                "to it and start again: what was complete is kept.") from error
+                f"A checkpoint cannot be written to {self._manager.directory} ({reason:.300}); fix "
+                "this and start again: completed checkpoints are kept.") from error
 
     def meta(self, step: int) -> dict[str, Any]:
         """What the weights of this checkpoint mean."""
@@ -164,8 +164,8 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step):
-        """Raises UserError for what Orbax says of files that are damaged, or were not copied: of
-        some, None in place of what was in them."""
+        """Turns what Orbax raises for damaged or missing files into a UserError. (For some files it
+        returns None instead, hence AttributeError and TypeError.)"""
         try:
             yield
         except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
@@ -178,7 +178,7 @@ class Checkpoints:
 
 
 def _check_metrics(directory):
-    """Raises UserError for what Orbax, which reads them for all steps at once, ends badly on."""
+    """Raises UserError for metrics files that would crash Orbax, which reads all at once."""
     for path in directory.glob("*/metrics/metrics"):
         try:
             json.loads(path.read_bytes())
@@ -188,8 +188,8 @@ def _check_metrics(directory):
 
 
 def _check_arrays(folder):
-    """Raises ValueError if the list of all arrays is damaged, which Orbax would say of each one,
-    most of them when nobody listens any more."""
+    """Raises ValueError if the list of all arrays is damaged. Orbax would report that for every
+    array separately, mostly after its caller has returned."""
     store = tensorstore.KvStore.open(
         {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
     if not store.list().result():
@@ -257,9 +257,9 @@ def check_same_data(meta: dict[str, Any], stored: dict[str, Any]) -> None:
     key = "train_identity"  # older checkpoints have none, or of a TFDS data set its name alone
     if not meta[key].startswith(stored.get(key, "")):
         raise UserError(
-            "The data changed since this run began: as many training images, but not the same, or "
-            f"not with the same labels ({_short(stored[key])} is now {_short(meta[key])}). Restore "
-            "the data, or use another --workdir.")
+            "The data changed since this run began: there are as many training images as before, "
+            f"but other images or other labels ({_short(stored[key])} is now {_short(meta[key])}). "
+            "Restore the data, or use another --workdir.")
 
 
 def _short(value):

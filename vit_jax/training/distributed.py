@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, agree, and end together.
 
 Every process runs the same program on its own devices and reads its own rows of every batch. Only
-process 0 speaks and writes; checkpoints are written by all, through Orbax.
+process 0 prints and writes files, except for checkpoints, which all processes write through Orbax.
 """
 
 import importlib.util
@@ -20,8 +20,8 @@ from vit_jax.errors import UserError
 
 CLUSTERS = ("auto", "none", "slurm", "ompi", "k8s", "tpu")
 
-# A process that has not been heard of for so long is dead, and the others end. NCCL alone would
-# wait for it for ever.
+# A process that sends no heartbeat for so long is considered dead, and the others exit. NCCL alone
+# would wait for it forever.
 HEARTBEAT_SECONDS = 60
 _CONNECT_SECONDS = 300
 
@@ -62,10 +62,10 @@ def start(
         where = arguments.get("coordinator_address") or f"the cluster ({cluster})"
         raise UserError(
             f"This process could not join its run through {where}: {first_line(error)}. Check that "
-            "every process was started, with the same address and its own number."
+            "all processes were started, with the same address and each with its own number."
         ) from error
     if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # one voice; errors still go to stderr
+        sys.stdout = open(os.devnull, "w")  # only process 0 prints; errors still go to stderr
 
 
 def _arguments(cluster, coordinator, num_processes, process_id) -> dict[str, Any] | None:
@@ -125,7 +125,7 @@ def _detect() -> str | None:
         return "slurm"
     if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         if "OMPI_MCA_orte_hnp_uri" not in environ:
-            raise UserError("This version of Open MPI does not tell where process 0 runs; give "
+            raise UserError("This version of Open MPI does not say where process 0 runs; give "
                             "--coordinator=HOST:PORT, or --cluster=none for separate runs.")
         return "ompi"
     # A job of one pod is indexed too; the package shows that the pods are meant to meet.
@@ -163,7 +163,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         different = [name for name, same in zip(facts, equal, strict=True) if not same]
         if different:
             raise UserError(
-                f"Process {process} has another {' and another '.join(different)} than process 0; "
+                f"Process {process} and process 0 differ in the {' and the '.join(different)}; "
                 "start all processes with the same command, on the same files."
             )
 

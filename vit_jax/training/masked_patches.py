@@ -30,10 +30,10 @@ class Corruption(NamedTuple):
 def sample_corruption(keys: jax.Array, patches: int, rate: float = 0.5) -> Corruption:
     """Corrupts exactly `corrupted_count(patches, rate)` patches of every image.
 
-    Each of them, for itself, becomes the mask token (80%), gets the embedding of another patch of
-    the same image, all others being equally likely (10%), or keeps its own (10%). The paper does
-    not say whose patch the other is; one of the same image makes an image's loss independent of
-    the rest of its batch.
+    Each of them independently becomes the mask token (80%), gets the embedding of another patch of
+    the same image, chosen uniformly (10%), or keeps its own (10%). The paper does not say where the
+    other patch comes from; one of the same image makes an image's loss independent of the rest of
+    its batch.
 
     Args:
       keys: [B], one for each image.
@@ -145,8 +145,8 @@ def _mean_where(values, chosen):
 def predicted_colors(
     predictions: jax.Array, target: str, pixels: Pixels = Pixels()  # noqa: B008
 ) -> jax.Array:
-    """The mean colour that predictions [B, N, ...] of any target come to: [B, N, 3] in [0, 1], for
-    classes the middle of the most likely one."""
+    """The mean colour that predictions [B, N, ...] of any target imply, [B, N, 3] in [0, 1]; for
+    classes, the middle of the most likely one."""
     if target == "mean_color":
         return class_colors(jnp.argmax(predictions, axis=-1))
     if target == "downsized_colors":

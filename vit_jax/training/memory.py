@@ -1,5 +1,5 @@
-"""Memory that a train step takes of every device, computed from shapes alone, and the smallest
-change of a config that makes it fit."""
+"""The memory that a train step needs on every device, computed from shapes alone, and the smallest
+change to a config that makes it fit."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ _ANY_LENGTH = 10**9  # of a schedule whose length does not matter
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device at the height of a train step.
+    """Bytes on each device at the peak of a train step.
 
     Attributes:
       params, optimizer, ema: the train state, exactly.
@@ -59,8 +59,7 @@ class Memory:
 
 
 class Planner:
-    """Answers for one config on a number of devices; changes of remat, mesh and accumulation are
-    answered from the same traces.
+    """Plans one config; variations of remat, mesh and accumulation reuse the same traces.
 
     Attributes:
       model: the config's model with the plain attention kernel, which any machine can trace.
@@ -116,8 +115,8 @@ class Planner:
         return None
 
     def _alternatives(self, config, devices) -> Iterator[ml_collections.ConfigDict]:
-        """As few parts of a batch as possible, then as little computed twice, then as few devices
-        to a copy of the parameters: what costs least comes first."""
+        """Configs by cost, the cheapest first: fewest accumulation steps, then least recomputation,
+        then fewest devices per copy of the parameters."""
         inner = devices // config.mesh.tensor
         images = config.batch_size // inner
         # Remat is planned with scan_layers; patterns of frozen parameters name one of the layouts.
@@ -256,8 +255,8 @@ def compile_step(
 
 
 def executable_bytes(executable: jax.stages.Compiled) -> int:
-    """What XLA's own analysis says it takes of each device: arguments, temporary arrays, and
-    results that do not replace arguments."""
+    """The memory per device according to XLA's own analysis: arguments, temporary arrays, and
+    results that do not reuse the memory of arguments."""
     found = executable.memory_analysis()
     return (found.argument_size_in_bytes + found.temp_size_in_bytes
             + found.output_size_in_bytes - found.alias_size_in_bytes)

@@ -69,7 +69,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All entries of a metrics.jsonl, up to the first line that is none: a kill may cut it short.
+    """All entries of a metrics.jsonl up to the first invalid line, which a kill may have cut off.
 
     Raises:
       UserError: the file cannot be opened.

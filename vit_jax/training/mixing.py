@@ -200,8 +200,8 @@ def _inside(boxes, size):
 
 
 def _on_every_device(x):
-    """Keeps a small array whole: the sampler of Beta loops until all draws are accepted, and with
-    the draws split every turn of its loop would wait for all devices."""
+    """Replicates a small array: the Beta sampler loops until all draws are accepted, and if the
+    draws were sharded, every iteration would synchronise all devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x

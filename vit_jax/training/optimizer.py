@@ -30,13 +30,13 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
     if warmup + cooldown and warmup + cooldown >= total_steps:
         with_cooldown = f" with cooldown_steps={cooldown}" if cooldown else ""
         raise UserError(
-            f"config.schedule.warmup_steps={warmup}{with_cooldown} leaves none of the "
+            f"config.schedule.warmup_steps={warmup}{with_cooldown} takes up all "
             f"{total_steps} steps; use fewer."
         )
     if schedule.name in ("cosine", "linear") and schedule.end_value > peak:
         raise UserError(
             f"config.schedule.end_value={schedule.end_value} is above "
-            f"config.optimizer.learning_rate={peak}; use less."
+            f"config.optimizer.learning_rate={peak}; use a smaller value."
         )
     steps = total_steps - warmup
     if schedule.name == "cosine":
@@ -105,8 +105,8 @@ def _is_kernel(params):
 
 
 def hold_frozen(config: ml_collections.ConfigDict, params):
-    """The parameters, those that `optimizer.frozen` names without a gradient: what only they need
-    of the backward pass is not computed."""
+    """The parameters, with gradients stopped for those that `optimizer.frozen` names, so that the
+    part of the backward pass that only these need is not computed."""
     if not config.optimizer.frozen:
         return params
     return jax.tree.map(

@@ -20,11 +20,11 @@ PMAP_AXIS = "data"
 
 
 def check_devices(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError unless every device gets the same number of images in every part, where
-    pmap would have to cross processes, and where an image has none to be mixed with."""
+    """Raises UserError if devices would get different numbers of images in a micro-batch, if pmap
+    would have to span processes, or if mixup or CutMix has no second image to mix with."""
     if config.parallelism == "pmap" and jax.process_count() > 1:
         raise UserError(
-            f"config.parallelism='pmap' is for one process, and this run has "
+            f"config.parallelism='pmap' supports only one process, but this run has "
             f"{jax.process_count()}; use 'jit'."
         )
     shards = partition.batch_shards(mesh) * config.accumulation_steps
@@ -40,7 +40,7 @@ def check_devices(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if (config.data.mixup or config.data.cutmix) and config.batch_size == drawn_apart:
         raise UserError(
             "config.data.mixup and config.data.cutmix mix an image with its neighbour, but there "
-            "is one image in a batch (under pmap: on a device); raise config.batch_size or set "
+            "is only one image per batch (under pmap: per device); raise config.batch_size or set "
             "both to 0."
         )
 
@@ -88,8 +88,7 @@ def compile_train_step(
       shardings: of the train state's leaves.
 
     Returns:
-      step(state, this process's rows of a batch); the state it is given is consumed (its memory
-      is reused).
+      step(state, this process's rows of a batch); the buffers of the given state are donated.
     """
     if config.parallelism == "pmap":
         # The state enters and leaves without a device axis (None), so it stays one replicated

@@ -19,8 +19,8 @@ from vit_jax.models.shapes import params_shapes
 from vit_jax.models.variants import create_model
 from vit_jax.models.vit import VisionTransformer
 
-# Of the model that a checkpoint was made for: what it must have, and what a config that says
-# nothing else takes over. The rest (patch size, classes, representation layer) can be adapted.
+# Fields of a checkpoint's model that must agree with the run's, and fields that the run inherits
+# unless its config sets them. The rest (patch size, classes, representation layer) can be adapted.
 _MUST_AGREE = ("hidden_size", "mlp_dim", "num_heads", "num_layers", "resnet_stages", "stages",
                "width_factor")
 _TAKEN_OVER = ("classifier", "activation", "layer_scale", "register_tokens", "position_embedding",
@@ -51,7 +51,7 @@ def build_model(
       num_classes: of the head.
       size: (height, width) of the images.
       start: fields of the model whose checkpoint the run starts from. Its activation, classifier
-        and the like hold where the config says nothing else.
+        and the like are used unless the config sets them.
 
     Raises:
       UserError: an option that the variant does not have, an image size it cannot take, or a
@@ -90,12 +90,12 @@ def group_blocks(
     model: nn.Module, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> nn.Module:
     """The same model for a run on GPUs: without a loop over the blocks, but with the parameters of
-    all blocks in as few arrays as one block has. (Dropout and stochastic depth draw other numbers.)
+    all blocks stacked. (Dropout and stochastic depth draw different random numbers then.)
 
-    An array costs some of the smallest kernels there are, for its cast and its update, and a small
-    model spends a good part of a step on those. A config that says `model.scan_layers` itself, or
-    freezes parameters by the names that they have in single blocks, is left alone. To save or
-    restore a checkpoint takes a second copy of the state on the devices for a moment.
+    Every parameter array needs a few tiny kernels for its cast and its update, on which a small
+    model would spend a good part of a step. The model is returned unchanged if the config sets
+    `model.scan_layers`, or freezes parameters by the names that they have in single blocks. Saving
+    or restoring a checkpoint briefly needs a second copy of the state on the devices.
     """
     if (not isinstance(model, VisionTransformer) or config.model.scan_layers is not None
             or config.optimizer.frozen or mesh.devices.flat[0].platform != "gpu"):
@@ -152,7 +152,7 @@ def state_shapes(
 
 
 def _trace(model, size):
-    """Runs through the model without computing, so that what it refuses is refused early."""
+    """Traces the model without computing, so that invalid configurations are rejected early."""
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     jax.eval_shape(
         lambda params, images: model.apply(

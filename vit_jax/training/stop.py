@@ -9,9 +9,9 @@ from jax.experimental import multihost_utils
 class StopSignal:
     """Inside `with`, SIGTERM and the first SIGINT wait for `check`; a second SIGINT interrupts.
 
-    A run of several processes must stop all of them after the same step, whichever was told to.
-    There JAX catches SIGTERM and agrees on the step (a handler of ours would take the signal away
-    from it), and SIGINT interrupts at once.
+    In a run of several processes, all must stop after the same step, whichever one was signalled.
+    There JAX handles SIGTERM and agrees on the step (a handler of ours would intercept the signal),
+    and SIGINT interrupts immediately.
     """
 
     def __init__(self):

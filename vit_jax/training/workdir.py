@@ -20,8 +20,8 @@ from vit_jax.training import distributed
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
     """Creates the workdir with its `config.json`, or checks that it belongs to this config.
 
-    Of several processes the first one writes, and all return when it has. What a run had said
-    before stays as it is until `renew`.
+    Of several processes only the first one writes, and all return when it has. An existing
+    `config.json` is left unchanged until `renew`.
 
     Returns:
       The differences that a resumed run may have, one `key: old -> new` each.
@@ -61,7 +61,7 @@ def renew(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 @contextlib.contextmanager
 def alone(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a workdir that exists, for as long as this one lasts or lives.
+    """Locks an existing workdir against other runs until the block, or this process, ends.
 
     Raises:
       UserError: there is one.
@@ -120,7 +120,7 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
     try:
         return config_lib.from_json(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
-        what = "is no folder" if workdir.exists() else "does not exist"
+        what = "is not a folder" if workdir.exists() else "does not exist"
         what = "holds no run (no config.json)" if workdir.is_dir() else what
         raise UserError(f"The workdir {workdir} {what}; give the --workdir of a run.") from None
     except OSError as error:

@@ -11,8 +11,8 @@ def say(**answer):
 
 
 def reader(stream, read_ahead):
-    """Times batches, less those the stream may have made before the clock began to run; returns
-    when those that it makes afterwards are made, which would slow who is measured next."""
+    """Times batches after discarding those that may have been prefetched before the clock started.
+    Returns only when prefetching is over, which would slow down whatever is measured next."""
     def run(times):
         for _ in range(read_ahead):
             next(stream)

@@ -37,8 +37,8 @@ class FolderInput:
             opened = {name: folder.open(name) for name in folder.split_names()}
         for name in opened:
             if not re.fullmatch(r"[\w\-]+", name) or name == "all":
-                raise UserError(f"{self.where}: TFDS cannot have a split called {name!r}; rename "
-                                "the folder.")
+                raise UserError(f"{self.where}: TFDS does not allow a split called {name!r}; "
+                                "rename the folder.")
         renamed = {} if "validation" in opened else {"val": "validation"}  # as TFDS calls it
         self._splits = {renamed.get(name, name): split for name, split in opened.items()}
         self.class_names = next(iter(self._splits.values())).class_names

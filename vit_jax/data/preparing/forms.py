@@ -38,7 +38,7 @@ def open_input(path: str) -> Input:
         archives = [entry.name for entry in listed
                     if entry.name.endswith((".tar", *_COMPRESSED)) and is_visible(entry.name)
                     and not entry.is_dir()]
-        # Beside folders they are what was unpacked, or a copy: train.tar is no class then.
+        # Next to folders, archives were unpacked or are copies: train.tar is not a class then.
         if not archives or any(entry.is_dir() and is_visible(entry.name) for entry in listed):
             return _open_folder(path, archives)
         if any(archive.endswith(".tar") for archive in archives):
@@ -61,5 +61,5 @@ def _open_folder(path: str, archives: list[str]) -> FolderInput:
         tars = [archive for archive in archives if archive.endswith(".tar")]
         if not tars:
             raise
-        raise UserError(f"{error} Archives such as {tars[0]} are read only where no folders lie "
+        raise UserError(f"{error} Archives such as {tars[0]} are only read if there are no folders "
                         "beside them.") from error

@@ -30,7 +30,7 @@ _VALIDATION_NAME = re.compile(rb"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
 def open_imagenet(folder: str) -> TarInput:
     """Whichever of the two image archives a folder holds, as the splits train and validation.
 
-    Classes are counted as everywhere: by their sorted WordNet ids.
+    Classes are numbered as usual, by their sorted WordNet ids.
 
     Raises:
       UserError: the development kit, which holds the validation labels, is not beside the
@@ -46,7 +46,7 @@ def open_imagenet(folder: str) -> TarInput:
         known, truth = read_devkit(os.path.join(folder, DEVKIT))
         if wnids not in (None, known):
             raise UserError(f"{folder}: the {len(wnids)} classes of {TRAIN} are not the "
-                            f"{len(known)} of {DEVKIT}; get the archive again.")
+                            f"{len(known)} of {DEVKIT}; download the archive again.")
         wnids = known
         splits["validation"] = _validation(os.path.join(folder, VALIDATION), truth)
     names = list(class_names()) if len(wnids) == 1000 else wnids
@@ -81,11 +81,13 @@ def read_devkit(path: str) -> tuple[list[str], np.ndarray]:
         return wnids, np.array([label[int(number)] for number in numbers], np.int32)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing: it holds the labels of {VALIDATION}; get it where the images come "
-            f"from, or move {VALIDATION} away to prepare the training images alone.") from error
+            f"{path} is missing: it holds the labels of {VALIDATION}; download it from where the "
+            f"images come from, or move {VALIDATION} away to prepare only the training images."
+        ) from error
     except (OSError, EOFError, tarfile.TarError, ValueError, KeyError, IndexError, TypeError
             ) as error:
-        raise UserError(f"{path} is damaged or no development kit ({error!r}); get it again."
+        raise UserError(f"{path} is damaged or not a development kit ({error!r}); download it "
+                        "again."
                         ) from error
 
 
@@ -95,10 +97,10 @@ def _validation(path: str, truth: np.ndarray) -> Members:
                   if (match := _VALIDATION_NAME.fullmatch(name))]
     if len(images) != len(truth):
         raise UserError(f"{path} holds {len(images)} images, but the development kit has labels of "
-                        f"{len(truth)}; get the archive again.")
+                        f"{len(truth)}; download the archive again.")
     images.sort(key=lambda image: int(image[0][1]))
     if [int(match[1]) for match, _ in images] != list(range(1, len(truth) + 1)):
-        raise UserError(f"{path}: the images are not numbered from 1 to {len(truth)}; get the "
+        raise UserError(f"{path}: the images are not numbered from 1 to {len(truth)}; download the "
                         "archive again.")
     offsets = np.array([offset for _, offset in images], np.int64)
     return Members([path], np.zeros(len(images), np.int32), offsets, truth)

@@ -1,4 +1,4 @@
-"""What every form of raw data answers, and the records that are made of it."""
+"""The interface of all forms of raw data, and the records that are made from it."""
 
 import hashlib
 import os
@@ -35,11 +35,11 @@ class Input(Protocol):
     version: str
     class_names: tuple[str, ...]
     splits: dict[str, int]  # images of each
-    shuffled: bool  # records are in no order worth breaking, so they keep theirs
+    shuffled: bool  # whether the records are shuffled already, so that they keep their order
     left_out: Sequence[str]  # names of what lies in `where` and is not read
 
     def digest(self) -> str:
-        """Of what there is to read and in which order; another one means other data."""
+        """Identifies what is read and in which order; a different digest means different data."""
         ...
 
     def read(self, split: str, index: int) -> Item:

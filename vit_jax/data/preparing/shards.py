@@ -45,7 +45,7 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides on the content of the files, beside the input."""
+    """What determines the contents of the files, besides the input."""
 
     resize: int | None = None  # pixels of the short side
     quality: int = 95
@@ -138,8 +138,8 @@ class Preparation:
                 before = dict(json.loads(path.read_text("utf-8")))
             except (ValueError, TypeError) as error:
                 raise UserError(
-                    f"{path}, which tells what {self.folder} holds, is damaged; delete the folder "
-                    "to begin again, or choose another --out or --name.") from error
+                    f"{path}, which describes what {self.folder} holds, is damaged; delete the "
+                    "folder to start over, or choose another --out or --name.") from error
         for key in manifest:
             if before.get(key) != manifest[key]:
                 change = "from other files" if key == "data" else (
@@ -211,8 +211,8 @@ class Preparation:
             return None
         except OSError as error:
             raise UserError(
-                f"{error.filename or self.source.where} cannot be read ({error.strerror}); see to "
-                "it and run the command again: what is complete is kept.") from error
+                f"{error.filename or self.source.where} cannot be read ({error.strerror}); fix "
+                "this and run the command again: completed files are kept.") from error
         tally.images += 1
         tally.labels[item.label] += 1
         if image is item.image and item.serialized:
@@ -221,7 +221,7 @@ class Preparation:
         return item.example.SerializeToString(deterministic=True)
 
     def finish(self, tallies: dict[OutputFile, Tally]) -> None:
-        """Writes what makes of the files a data set.
+        """Writes the metadata that turn the files into a data set.
 
         Raises:
           UserError: a split has no images.
@@ -317,8 +317,8 @@ def check_class_names(names: tuple[str, ...]) -> None:
         except UnicodeEncodeError:  # what the file system holds is not UTF-8
             storable = False
         if not storable:
-            raise UserError(f"the class {name!r} has spaces at its ends, several lines, or bytes "
-                            "that are no text; rename it.")
+            raise UserError(f"the class {name!r} has leading or trailing spaces, several lines, or "
+                            "bytes that are not text; rename it.")
         if count > 1:
             raise UserError(f"{count} classes are called {name!r}; give each a name of its own.")
 
@@ -334,7 +334,7 @@ def order(images: int, shuffled: bool) -> np.ndarray:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """A full disk, and the like, as a UserError, whether the system or ArrayRecord tells of it."""
+    """Turns a full disk and the like into a UserError, whether the OS or ArrayRecord reports it."""
     try:
         yield
     except OSError as error:
@@ -344,5 +344,5 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _unwritable(path, reason):
-    return UserError(f"{path} cannot be written ({reason}); see to it and run the command again: "
-                     "what is complete is kept.")
+    return UserError(f"{path} cannot be written ({reason}); fix this and run the command again: "
+                     "completed files are kept.")

@@ -13,10 +13,10 @@ _LONGEST_JPEG = 65_500  # pixels: libjpeg's JPEG_MAX_DIMENSION, below the format
 def fit_image(data: bytes, *, resize: int | None, quality: int) -> bytes:
     """The file to store for an image file.
 
-    Without `resize` the file itself, which only has to decode. With it, images whose short side is
-    longer are shrunk to it (Pillow's bicubic with its low-pass filter, the long side rounded down,
-    as torchvision's Resize does), and what is no JPEG becomes one; a JPEG that is small enough
-    stays as it is. JPEGs are written with 4:2:0 chroma, upright and without metadata.
+    Without `resize`, the file itself, provided that it can be decoded. With it, images whose short
+    side is longer are shrunk to it (Pillow's antialiased bicubic, the long side rounded down as in
+    torchvision's Resize), and other formats become JPEG; a JPEG that is small enough is kept as it
+    is. JPEGs are written with 4:2:0 chroma subsampling, upright and without metadata.
 
     Args:
       data: a JPEG, PNG, WebP, BMP or GIF file.

@@ -155,7 +155,8 @@ def members(file: BinaryIO, archive: Archive) -> list[tuple[bytes, int, int, int
     file_size = os.fstat(file.fileno()).st_size
     end = file_size if archive.end is None else archive.end
     position = archive.start
-    damaged = UserError(f"{archive.path} is no tar file, or damaged or incomplete; get it again.")
+    damaged = UserError(f"{archive.path} is not a tar file, or is damaged or incomplete; download "
+                        "it again.")
     # Two blocks of zeros end an archive (POSIX.1-1988, 10.1.1); here one will do. Where there is
     # none, or more than zeros after it, members are missing: of a download that broke off, or has
     # holes.
@@ -188,13 +189,13 @@ def members(file: BinaryIO, archive: Archive) -> list[tuple[bytes, int, int, int
         if kind in _REGULAR:
             found.append((name, position, data, size))
         elif kind in _LINKS and name.lower().endswith(_EXTENSIONS):
-            raise UserError(f"{archive.path}: {os.fsdecode(name)} is a link and no image; make the "
-                            "archive again with tar --dereference --hard-dereference.")
+            raise UserError(f"{archive.path}: {os.fsdecode(name)} is a link, not an image; create "
+                            "the archive again with tar --dereference --hard-dereference.")
         position = min(data + -(-size // _BLOCK) * _BLOCK, end)
 
 
 def _sum(header: bytes) -> int:
-    """Of the bytes of a header, those of the checksum taken for spaces, up to 65,519.
+    """The sum of the bytes of a header, with its checksum field as spaces, if at most 65,519.
 
     The lower half of Adler-32 is 1 more than that (RFC 1950, 8.2), in 0.4 microseconds where `sum`
     takes 3. A larger sum comes out wrong, and is left to `tarfile`.

@@ -45,8 +45,8 @@ class TfrecordInput:
         if (form := self._info.get("fileFormat") or "tfrecord") != "tfrecord":
             advice = (f"train on it with config.data.source=tfds:{self._info['name']} "
                       f"config.data.dir={folder}" if form == "array_record" else
-                      "only tfrecord can be read here; prepare the original data")
-            raise UserError(f"{folder} is in {form} form already; {advice}.")
+                      "only tfrecord can be converted; prepare the original data")
+            raise UserError(f"{folder} is already in {form} format; {advice}.")
         self.class_names = class_names(self._features, folder)
         self.data_set = "/".join(filter(None, (self._info["name"], self._info.get("configName"))))
         self.version = self._info["version"]
@@ -84,7 +84,7 @@ class TfrecordInput:
             item = Item(tf_example_pb2.Example.FromString(data), origin, data)
             _ = item.image, item.label
         except (DecodeError, IndexError) as error:
-            raise BadImageError("it is no tf.train.Example with an image and a label") from error
+            raise BadImageError("it is not a tf.train.Example with an image and a label") from error
         return item
 
     def write_features(self, folder: Path, *, any_size: bool) -> dict:
