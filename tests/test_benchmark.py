@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from vit_jax import benchmark
-from vit_jax.benchmarking import capacity, models
+from vit_jax.benchmarking import capacity, models, pipelines
 from vit_jax.benchmarking.peer import PEERS, Peer
 from vit_jax.benchmarking.timing import alternate
 from vit_jax.errors import UserError
@@ -204,6 +204,35 @@ def test_input_and_training_that_it_feeds(tmp_path, photos):
     assert fed["of training from memory"] > 0 and found["photos"].startswith("3 of ")
 
 
+def test_batches_that_were_ready_before_the_clock_started_do_not_count(monkeypatch):
+    config = benchmark._config(OVERRIDES, "B/16", 8)
+    batch, taken = models.synthetic_batch(8, (8, 8)), []
+
+    def stream(*_):
+        while True:
+            taken.append(1)
+            yield batch
+
+    monkeypatch.setattr(pipelines, "batches", stream)
+    with pipelines.fed_training(config, None) as (fed, memory):
+        assert fed(3) > 0 and len(taken) == 3 + pipelines._READ_AHEAD
+        assert memory(3) > 0 and len(taken) == 3 + pipelines._READ_AHEAD
+
+
+def test_a_damaged_photo_stops_the_measurement(photos):
+    (photos / "bad.jpg").write_bytes(b"no photo")
+    (photos / "._bad.jpg").write_bytes(b"of macOS")
+    with pytest.raises(UserError, match=r"/bad.jpg cannot be decoded: .* Remove it from --images"):
+        benchmark.main(["--what=input", f"--images={photos}", *QUICK])
+
+
+def test_the_schedule_is_of_the_steps_that_the_config_says():
+    long = {"total_steps": "100000", "schedule.warmup_steps": "10000"}
+    models.Trainer(benchmark._config(OVERRIDES | long, "B/16", 8))
+    with pytest.raises(UserError, match="warmup_steps=10000"):
+        models.Trainer(benchmark._config(OVERRIDES | long | {"total_steps": "10000"}, "B/16", 8))
+
+
 @needs_torch
 def test_input_against_a_data_loader(tmp_path, photos):
     found = rows(tmp_path, "--what=input", f"--images={photos}", *QUICK,
@@ -257,6 +286,9 @@ def test_a_start_that_fails(monkeypatch):
     (["--what=infer", "--batch_sizes=3", *TINY], "batch_size=3 is not divisible by 8"),
     (["--what=train", "--rounds=0"], "--rounds must be at least 1"),
     (["--what=input", "--profile"], "--profile is for --what=train and"),
+    (["--what=train", "--seconds=nan"], "--seconds more than 0"),
+    (["--what=train", f"--out={__file__}"], "--out=.* cannot be written to: File exists"),
+    (["--what=input", "--config.dtype=bfloat16"], "dtype has no effect on --what=input"),
     (["--what=startup", "--seconds=1"], "--seconds has no effect on --what=startup"),
     (["--what=train", "--config.batch_size=3"], "--config.batch_size is what --variants and"),
     (["--what=train", "--config.mesh.fsdp=3"], "does not fit"),

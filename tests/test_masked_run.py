@@ -111,7 +111,7 @@ def test_the_commands(pretrained, tmp_path, capsys):
     with pytest.raises(UserError, match="has no classes to evaluate; probe its features"):
         main(["--mode=evaluate", f"--workdir={pretrained}"])
     with pytest.raises(UserError, match="corrupts none of 16 patches"):
-        draw([f"--checkpoint={pretrained}", str(tmp_path / "0.png"), "--rate=0",
+        draw([f"--checkpoint={pretrained}", str(tmp_path / "0.png"), "--rate=0.01",
               f"--out={tmp_path / 'masked.png'}"])
 
 
@@ -123,6 +123,17 @@ def test_a_workdir_that_is_none(tmp_path):
 def test_a_seed_that_jax_would_cut(tmp_path):
     with pytest.raises(UserError, match="--seed=4294967296 must be at least 0 and below"):
         draw(["--checkpoint=none", "0.png", f"--out={tmp_path / 'masked.png'}", f"--seed={2**32}"])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--rate=-0.5", "--out=masked.png"], "--rate=-0.5 must be more than 0 and at most 1"),
+    (["--rate=2", "--out=masked.png"], "--rate=2 must be more"),
+    (["--rate=nan", "--out=masked.png"], "--rate=nan must be more"),
+    (["--out=masked"], "--out=masked does not end in .png"),
+])
+def test_flags_are_checked_before_anything_is_loaded(arguments, message):
+    with pytest.raises(UserError, match=message):
+        draw(["--checkpoint=none", "0.png", *arguments])
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from vit_jax.data.pipeline import eval_crop
 from vit_jax.data.sources import open_eval
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate_checkpoint
-from vit_jax.images import Unreadable
+from vit_jax.images import Unreadable, find_images
 from vit_jax.main import main as train
 from vit_jax.predict import main, predict
 from vit_jax.training.workdir import read_config
@@ -169,6 +170,15 @@ def test_unreadable_images_are_left_out(workdir, photos, tmp_path, capsys):
               f"--features={tmp_path / 'none.npz'}"])
     assert json.loads(capsys.readouterr().out) == []
     assert not (tmp_path / "none.npz").exists()
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(photos, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "linked").symlink_to(photos)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    found = find_images([str(tmp_path / "a")], Unreadable())
+    assert found == [str(tmp_path / "a" / "linked" / Path(path).relative_to(photos))
+                     for path in find_images([str(photos)], Unreadable())]
 
 
 def test_as_a_command(workdir, photos):

@@ -119,6 +119,16 @@ def test_many_classes_are_numbered():
     assert axes.get_xlabel() == "predicted class index" and len(axes.texts) == 0
 
 
+def test_thousands_of_classes_have_no_confusion_matrix(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    names = tuple(map(str, range(1001)))
+    folder = write_report(tmp_path, make_evaluation(1001), names, np.arange(5))
+    assert sorted(path.name for path in folder.iterdir()) == ["classes.png", "curves.png"]
+    training, evaluation = report._classes(make_evaluation(1001), names, np.arange(5)).axes
+    assert training.patches[0].get_data().values.tolist() == [1] * 5 + [0] * 996
+    assert evaluation.patches[0].get_data().values.tolist() == [3] * 1001
+
+
 @pytest.mark.parametrize("entries", [
     [],  # a run that had ended already, whose metrics were removed
     [{"step": 1, "eval/loss": 0.5, "eval/accuracy": 0.5}],

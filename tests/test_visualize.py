@@ -137,6 +137,13 @@ def test_no_more_patches_are_compared_than_fit(workdir, photos, tmp_path, monkey
     assert distances.min(0).max() < 1e-5 and distances.min(1).max() < 1e-5
 
 
+def test_a_folder_in_the_home(workdir, tmp_path, monkeypatch, capsys):
+    """bash does not expand --out=~/inside."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main([f"--checkpoint={workdir}", "--out=~/inside", "--what=filters"])
+    check_folder(tmp_path / "inside", ["filters"])
+
+
 def test_without_images(workdir, tmp_path, capsys):
     main([f"--checkpoint={workdir}", f"--out={tmp_path}"])
     page = check_folder(tmp_path, ["positions", "filters"])

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -38,7 +39,7 @@ _MODEL = ("dtype", "mesh.*", "model.*", "data.image_size")
 _TRAINING = (*_MODEL, "seed", "accumulation_steps", "ema_decay", "loss.*", "optimizer.*",
              "schedule.*", "total_steps", "data.mixup", "data.cutmix", "data.random_erasing")
 _KEYS = {"train": _TRAINING, "infer": _MODEL, "checkpoint": _TRAINING, "startup": _TRAINING,
-         "input": (*_TRAINING, "data.workers", "data.worker_kind", "data.train_crop",
+         "input": ("seed", "data.image_size", "data.workers", "data.worker_kind", "data.train_crop",
                    "data.crop_*", "data.scaled_decode", "data.flip", "data.randaugment",
                    "data.antialias", "data.interpolation", "data.max_pixels")}
 # Those with which the work stays the same: other libraries follow them, but for the attention, the
@@ -101,7 +102,7 @@ def _each_by_itself(arguments, flags, pieces):
                 {"profiles": profiles} if profiles else {})
             print(report.format_table(rows), end="\n\n", file=sys.stderr, flush=True)
             if flags.out:
-                report.write(Path(flags.out), about, rows, _chart(flags))
+                _write(flags, about, rows)
     if rows:
         _report(flags, about, rows)
     if failed:
@@ -120,8 +121,13 @@ def _report(flags, about, rows):
         print("\nShares of a step's time (docs/performance.md)")
         print(report.format_table(about["profiles"]))
     if flags.out:
-        report.write(Path(flags.out), about, rows, _chart(flags))
+        _write(flags, about, rows)
         print(f"Wrote benchmark.json, .csv and .png to {flags.out}.")
+
+
+def _write(flags, about, rows):
+    with cli.writing_to(flags.out):
+        report.write(flags.out, about, rows, _chart(flags))
 
 
 def _chart(flags):
@@ -159,13 +165,15 @@ def _parse(arguments) -> argparse.Namespace:
                         help=f"approximate time per side and round ({_SECONDS:g})")
     parser.add_argument("--profile", action="store_true",
                         help="also trace a step, and say which parts of the model take its time")
-    parser.add_argument("--images", metavar="DIR", help="photos (JPEG) to decode; default: "
-                        "synthetic ones of 500x375")
-    parser.add_argument("--peer_python", metavar="PATH", default=sys.executable,
+    parser.add_argument("--images", metavar="DIR", type=Path,
+                        help="photos (JPEG) to decode; default: synthetic ones of 500x375")
+    parser.add_argument("--peer_python", metavar="PATH", type=os.path.expanduser,
+                        default=sys.executable,
                         help="a Python that has the other libraries; default: this one")
-    parser.add_argument("--out", metavar="DIR", help="where to write JSON, CSV and a chart")
+    parser.add_argument("--out", metavar="DIR", type=Path,
+                        help="where to write JSON, CSV and a chart")
     flags = parser.parse(arguments)
-    if flags.rounds < 1 or (flags.seconds is not None and flags.seconds <= 0):
+    if flags.rounds < 1 or not (flags.seconds is None or 0 < flags.seconds < math.inf):
         raise UserError("--rounds must be at least 1 and --seconds more than 0.")
     return flags
 
@@ -189,19 +197,23 @@ def _batch_sizes(flags):
 
 
 def _check(flags, overrides, against):
-    """Refuses what would have no effect, or could not be compared."""
+    """Refuses what would have no effect, could not be compared, or could not be written."""
+    if flags.out:
+        with cli.writing_to(flags.out):
+            flags.out.mkdir(parents=True, exist_ok=True)
     for name in against:
         if name not in _AGAINST[flags.what]:
-            possible = ", ".join(_AGAINST[flags.what]) or "nothing"
-            raise UserError(f"--against={name} cannot be used with --what={flags.what}, only "
-                            f"{possible}.")
+            possible = ", ".join(_AGAINST[flags.what])
+            raise UserError(f"--against={name} cannot be used with --what={flags.what}"
+                            f"{f', only {possible}' if possible else ''}.")
     if flags.images and flags.what != "input":
         raise UserError("--images is for --what=input.")
     if flags.seconds and flags.what in ("checkpoint", "startup"):
         raise UserError(f"--seconds has no effect on --what={flags.what}; --rounds has.")
     if flags.profile and (flags.what not in ("train", "infer") or flags.batch_sizes == LARGEST):
         raise UserError("--profile is for --what=train and --what=infer of given --batch_sizes.")
-    followed = [(_KEYS[flags.what], f"--what={flags.what}"),
+    trains = flags.what == "input" and flags.variants
+    followed = [(_KEYS[flags.what] + (_TRAINING if trains else ()), f"--what={flags.what}"),
                 *((_SHARED_KEYS[flags.what], f"--against={name}") for name in against)]
     for key, text in overrides.items():
         config_lib.parse_value(key, text)  # refuses what is no key or no value
@@ -365,7 +377,7 @@ def _measure_input(flags, overrides, variants, against):
     if others:
         raise UserError("--what=input measures one of --batch_sizes; run it again for another.")
     with contextlib.ExitStack() as stack:
-        folder = Path(flags.images or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = flags.images or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not flags.images:
             make_photos(folder)
         photos = Photos(folder)
@@ -374,7 +386,7 @@ def _measure_input(flags, overrides, variants, against):
         cores = min(max(1, workers), available_cores())
         task = {"paths": photos.paths, "batch_size": batch_size, "workers": max(1, workers),
                 "image_size": config_lib.image_size(config), "area": config.data.crop_area,
-                "aspect": config.data.crop_aspect, "read_ahead": pipelines.READ_AHEAD}
+                "aspect": config.data.crop_aspect}
         peers = {name: stack.enter_context(contextlib.closing(
             Peer(name, task, flags.peer_python))) for name in against}
         decode = stack.enter_context(pipelines.decoding(config, photos))

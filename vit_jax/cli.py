@@ -5,6 +5,7 @@ must follow `--config`, `1e3` is no integer, and `--help` exits with 1.
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
 import inspect
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,18 @@ class ArgumentParser(argparse.ArgumentParser):
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, (str, Path)):
                     refuse_bucket((action.option_strings or [action.metavar])[-1], str(path))
+            if isinstance(value, Path):  # no shell expands the ~ of --out=~/results
+                setattr(known, action.dest, Path(os.path.expanduser(value)))
         return known
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turns a full disk and the like into a UserError about `--out`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out={folder} cannot be written to: {error.strerror}.") from error
 
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

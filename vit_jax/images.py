@@ -60,7 +60,12 @@ def find_images(arguments: list[str], unreadable: Unreadable) -> list[str]:
             unreadable.not_found += 1
             unreadable.report(error.filename, error)
 
-        for folder, folders, files in os.walk(argument, onerror=fail):
+        seen = set()
+        for folder, folders, files in os.walk(argument, onerror=fail, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # as by a link to one of its parents
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             paths += [os.path.join(folder, name) for name in sorted(files)
                       if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]

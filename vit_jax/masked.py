@@ -35,6 +35,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the corruption")
     cli.add_weights_flags(parser)
     flags = parser.parse(arguments)
+    if flags.out.suffix != ".png":
+        raise UserError(f"--out={flags.out} does not end in .png; name the file to write, as in "
+                        "--out=FILE.png.")
+    if not 0 < flags.rate <= 1:
+        raise UserError(f"--rate={flags.rate:g} must be more than 0 and at most 1.")
     if not flags.out.absolute().parent.is_dir():
         raise UserError(f"--out: the folder {flags.out.absolute().parent} does not exist; create "
                         "it first.")

@@ -12,6 +12,7 @@ from vit_jax.training.metrics import read_metrics
 
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _MAX_NAMED_CLASSES = 40  # more names than this cannot be read
+_MAX_CONFUSION = 1000  # classes; more take gigabytes to draw, and are smaller than a pixel
 _MAX_NAME = 24  # characters; longer names would leave no room for the figure
 
 
@@ -21,7 +22,8 @@ def write_report(
     class_names: tuple[str, ...],
     train_labels: np.ndarray | None,
 ) -> Path:
-    """Writes `curves.png`, and of a classifier `classes.png` and `confusion.png`.
+    """Writes `curves.png`, and for a classifier `classes.png` and, up to 1,000 classes,
+    `confusion.png`.
 
     Args:
       workdir: holds metrics.jsonl; the figures go to its `report/`.
@@ -39,7 +41,8 @@ def write_report(
         figures = {"curves": _curves(read_metrics(workdir / "metrics.jsonl"))}
         if isinstance(evaluation, Evaluation):
             figures["classes"] = _classes(evaluation, class_names, train_labels)
-            figures["confusion"] = _confusion(evaluation, class_names)
+            if len(class_names) <= _MAX_CONFUSION:
+                figures["confusion"] = _confusion(evaluation, class_names)
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png")
     return folder
@@ -75,7 +78,11 @@ def _classes(evaluation, class_names, train_labels) -> Figure:
     figure = Figure(figsize=(min(12, 4 + 0.25 * count), height), layout="constrained")
     panels = figure.subplots(len(splits), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (title, labels) in zip(panels, splits, strict=True):
-        axes.bar(range(count), np.bincount(labels, minlength=count), width=0.8)
+        counts = np.bincount(labels, minlength=count)
+        if count <= _MAX_CONFUSION:
+            axes.bar(range(count), counts, width=0.8)
+        else:  # thousands of bars take a minute
+            axes.stairs(counts, np.arange(count + 1) - 0.5, fill=True)
         axes.set(title=f"{title}: {len(labels):,} images", ylabel="images")
         axes.set_xlim(-0.6, count - 0.4)
     _name_classes(panels[-1].xaxis, class_names, rotation=90 if crowded else 0)

@@ -1,10 +1,8 @@
 """Look inside a model: python -m vit_jax.visualize --checkpoint=PATH --out=DIR IMAGE_OR_DIR ..."""
 
-import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +92,7 @@ def main(arguments: list[str]) -> None:
         unreadable.check(paths)
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(f"There is nothing to draw. {why}.")
-    with writing(flags.out):
+    with cli.writing_to(flags.out):
         flags.out.mkdir(parents=True, exist_ok=True)
 
     view = None
@@ -104,7 +102,7 @@ def main(arguments: list[str]) -> None:
         sections = [save(flags.out, name, *draw(name, loaded, view)) for name in wanted]
     page = render(f"Inside {flags.checkpoint}", facts(loaded, view), sections,
                   {TITLES[name]: reason for name, reason in reasons.items()})
-    with writing(flags.out):
+    with cli.writing_to(flags.out):
         (flags.out / "index.html").write_text(page, encoding="utf-8", errors="replace")
     for name, reason in reasons.items():
         print(f"left out {name}: {reason}")
@@ -270,20 +268,11 @@ def save(
     images = [f"{name}.png"]
     if len(drawn) > 1:
         images = [f"{name}_{number}.png" for number in range(1, len(drawn) + 1)]
-    with writing(folder):
+    with cli.writing_to(folder):
         for image, figure in zip(images, drawn, strict=True):
             figure.savefig(folder / image)
         np.savez_compressed(folder / f"{name}.npz", **arrays)
     return Section(TITLES[name], caption, tuple(images), f"{name}.npz")
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns a full disk and the like into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out={folder} cannot be written to: {error.strerror}.") from error
 
 
 def facts(loaded: Loaded, view: View | None) -> dict[str, str]:

@@ -300,6 +300,13 @@ def test_unreadable_image(tmp_path):
         train[3]
 
 
+def test_a_link_to_itself(tmp_path):
+    fill(tmp_path, cat=10, dog=10)
+    (tmp_path / "cat" / "loop.jpg").symlink_to("loop.jpg")
+    with pytest.raises(UserError, match="cat/loop.jpg cannot be read .Too many levels of symbolic"):
+        both(tmp_path)
+
+
 def test_broken_link_is_not_passed_over(tmp_path):
     fill(tmp_path / "train", cat=1, dog=1)
     (tmp_path / "train" / "cat" / "0.jpg").unlink()

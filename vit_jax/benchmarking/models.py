@@ -22,7 +22,6 @@ from vit_jax.training.state import build_model, group_blocks, make_init, state_s
 from vit_jax.training.step import make_loss_sum, make_train_step, normalize
 
 NUM_CLASSES = 1000
-_STEPS = 1000  # of a schedule nobody follows to its end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,8 @@ class Trainer:
         self.mesh = partition.make_mesh(config)
         parallel.check_devices(config, self.mesh)
         self.model = group_blocks(build_model(config, NUM_CLASSES, size), config, self.mesh)
-        schedule, ema = make_schedule(config, _STEPS), config.ema_decay is not None
+        schedule = make_schedule(config, config.total_steps)
+        ema = config.ema_decay is not None
         optimizer = make_optimizer(config, schedule, params_shapes(self.model, size))
         init = make_init(self.model, optimizer, size, config.seed, ema=ema)
         shardings, _ = partition.state_shardings(

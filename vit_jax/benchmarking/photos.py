@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vit_jax.data.folder import list_images
 from vit_jax.data.records import Record, read_file
 from vit_jax.errors import UserError
 
-_MADE = 256
-
-
+_MADE = 256  # files, 24 MB
 _RECORDS = 1_000_000
 
 
@@ -24,8 +23,8 @@ class Photos:
     def __init__(self, folder: Path):
         """Raises UserError where there are none."""
         self.name = f"photos of {folder}"
-        self.paths = sorted(
-            str(path) for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        found = list_images(str(folder)) if folder.is_dir() else []
+        self.paths = [path for path in found if path.lower().endswith((".jpg", ".jpeg"))]
         if not self.paths:
             raise UserError(f"--images={folder} holds no .jpg or .jpeg files.")
 

@@ -13,21 +13,32 @@ from vit_jax.benchmarking.photos import Photos
 from vit_jax.benchmarking.timing import Run
 from vit_jax.config import image_size
 from vit_jax.data.pipeline import BadImages, train_batches
+from vit_jax.errors import UserError
 
-# Batches that a pipeline may have prefetched before its clock starts, and that must not count.
-READ_AHEAD = 4
+# Batches that our pipeline may have prefetched before its clock starts, and that must not count.
+_READ_AHEAD = 4
+
+
+class _DamagedPhotos(BadImages):
+    """Stops the measurement."""
+
+    def __init__(self):
+        super().__init__("error")
+
+    def report(self, origin: str, reason: str) -> None:
+        raise UserError(f"{origin} cannot be decoded: {reason}. Remove it from --images.")
 
 
 def batches(config: ml_collections.ConfigDict, photos: Photos):
     """Endless training batches of the photos, as `vit_jax.main` reads them."""
-    return train_batches(photos, config, image_size(config), BadImages("error"))
+    return train_batches(photos, config, image_size(config), _DamagedPhotos())
 
 
 @contextlib.contextmanager
 def decoding(config: ml_collections.ConfigDict, photos: Photos) -> Iterator[Run]:
     """Reads, decodes, crops and resizes batches and does nothing with them."""
     with contextlib.closing(batches(config, photos)) as stream:
-        yield reader(stream, READ_AHEAD)
+        yield reader(stream, _READ_AHEAD)
 
 
 @contextlib.contextmanager
@@ -46,6 +57,11 @@ def fed_training(
         jax.block_until_ready(metrics)
         return time.perf_counter() - begin
 
+    def fed(times):  # see `reader`
+        run(_READ_AHEAD, lambda: trainer.put(next(stream)))
+        seconds = run(times, lambda: trainer.put(next(stream)))
+        time.sleep(1.5 * _READ_AHEAD * seconds / times)
+        return seconds
+
     with contextlib.closing(stream):
-        yield (lambda times: run(times, lambda: trainer.put(next(stream))),
-               lambda times: run(times, lambda: trainer.batch))
+        yield fed, lambda times: run(times, lambda: trainer.batch)

@@ -33,7 +33,7 @@ class Stall:
 
 
 def checkpoint_stall(
-    config: ml_collections.ConfigDict, *, saves: int, steps: int, folder: Path | None = None
+    config: ml_collections.ConfigDict, *, saves: int, steps: int
 ) -> Stall:
     """Trains on a batch in memory, saving the state as `vit_jax.main` does.
 
@@ -41,7 +41,6 @@ def checkpoint_stall(
       config: the run's.
       saves: how many.
       steps: measured before each, with nothing being written.
-      folder: where to write; None for the machine's directory of temporary files.
     """
     trainer = Trainer(config)
     compiled = trainer.compile()
@@ -54,7 +53,7 @@ def checkpoint_stall(
 
     step()
     plain, blocked, written, meanwhile = [], [], [], []
-    with tempfile.TemporaryDirectory(dir=folder) as directory:
+    with tempfile.TemporaryDirectory() as directory:
         checkpoints = Checkpoints(Path(directory) / "checkpoints")
         for number in range(1, saves + 1):
             plain += [step() for _ in range(steps)]

@@ -71,8 +71,9 @@ def check_architecture(
     kind = config.get("model_type")  # Hugging Face's
     if kind is not None and kind not in _MODEL_TYPES:
         raise UserError(
-            f"{report.source}: its config says model_type={kind!r:.80}, which may compute something "
-            f"else from the tensors than a VisionTransformer; known are {', '.join(_MODEL_TYPES)}.")
+            f"{report.source}: its config says model_type={kind!r:.80}, which may compute "
+            "something else from the same tensors than a VisionTransformer; supported are "
+            f"{', '.join(_MODEL_TYPES)}.")
     if kind == "ijepa" and structure.pre_logits:
         raise UserError(f"{report.source}: I-JEPA's pooler reads the first patch, which a "
                         "VisionTransformer here cannot; save the model without its pooler.")
@@ -317,7 +318,7 @@ def preprocessing(
                            resize=math.floor(min(size) / timm.get("crop_pct", 0.875)))
     elif preprocessor:
         mean, std = _mean_and_std(preprocessor)
-        filters = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
+        filters = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as in Pillow
         result |= dict(mean=mean, std=std, interpolation=_interpolation(
             filters[preprocessor.get("resample", 2)], report))
         if preprocessor.get("do_center_crop"):

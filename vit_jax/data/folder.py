@@ -199,7 +199,7 @@ def list_images(folder: str, inside: frozenset[str] = frozenset()) -> list[str]:
         return []
     found = []
     for entry in _entries(folder):
-        if entry.is_dir():
+        if is_folder(entry):
             found += list_images(entry.path, inside | {here})
         elif entry.name.lower().endswith(EXTENSIONS):
             found.append(entry.path)
@@ -213,7 +213,19 @@ def is_visible(name: str) -> bool:
 
 def subfolders(folder: str) -> list[str]:
     """The names of the folders in a folder, in order."""
-    return [entry.name for entry in _entries(folder) if entry.is_dir()]
+    return [entry.name for entry in _entries(folder) if is_folder(entry)]
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is one, or a link to one.
+
+    Raises:
+      UserError: a link that leads to itself, for example.
+    """
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        raise _unreadable(entry.path, error) from error
 
 
 def _entries(folder: str) -> list[os.DirEntry]:

@@ -1,4 +1,5 @@
-"""Linear probe: logistic regression on features, fitted to convergence with L-BFGS.
+"""Linear probe: logistic regression on features, fitted with L-BFGS until no entry of the gradient
+exceeds 1e-5. (At the two weakest regularisation strengths that stops somewhat early.)
 
 The features are standardised with the mean and standard deviation of the training images. The
 regularisation strength is chosen from `STRENGTHS` by the accuracy on a held-out tenth of the

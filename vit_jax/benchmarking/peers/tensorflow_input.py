@@ -1,5 +1,6 @@
 """tf.data's side of the input pipeline: the fused decode_and_crop_jpeg, as in big_vision."""
 
+import math
 import os
 
 from serve import reader, serve
@@ -31,7 +32,9 @@ def prepare(kind, task):
     options.threading.private_threadpool_size = task["workers"]
     stream = data.with_options(options).as_numpy_iterator()
 
-    return reader(stream, task["read_ahead"]), {"library": f"tensorflow {tf.__version__}"}
+    # Two batches are prefetched, one is being filled, and every worker may hold an image.
+    ahead = 3 + math.ceil(task["workers"] / task["batch_size"])
+    return reader(stream, ahead), {"library": f"tensorflow {tf.__version__}"}
 
 
 if __name__ == "__main__":

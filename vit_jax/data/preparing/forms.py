@@ -3,7 +3,7 @@
 import os
 import tarfile
 
-from vit_jax.data.folder import is_visible
+from vit_jax.data.folder import is_folder, is_visible
 from vit_jax.data.preparing import imagenet
 from vit_jax.data.preparing.folders import FolderInput
 from vit_jax.data.preparing.inputs import Input
@@ -37,9 +37,9 @@ def open_input(path: str) -> Input:
             return imagenet.open_imagenet(path)
         archives = [entry.name for entry in listed
                     if entry.name.endswith((".tar", *_COMPRESSED)) and is_visible(entry.name)
-                    and not entry.is_dir()]
+                    and not is_folder(entry)]
         # Next to folders, archives were unpacked or are copies: train.tar is not a class then.
-        if not archives or any(entry.is_dir() and is_visible(entry.name) for entry in listed):
+        if not archives or any(is_visible(entry.name) and is_folder(entry) for entry in listed):
             return _open_folder(path, archives)
         if any(archive.endswith(".tar") for archive in archives):
             return open_class_tars(path)
