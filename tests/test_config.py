@@ -13,6 +13,7 @@ from vit_jax.config import (
     describe,
     differences,
     flatten,
+    format_value,
     from_json,
     image_size,
     parse_value,
@@ -114,6 +115,9 @@ def test_json_of_an_older_version_gets_the_new_keys():
     ("optimizer.frozen", "^embedding,head", ("^embedding", "head")),
     ("optimizer.frozen", "^(embedding|cls)", ("^(embedding|cls)",)),
     ("optimizer.frozen", "block_[0-3]/, (a|b)$", ("block_[0-3]/", "(a|b)$")),
+    ("optimizer.frozen", r"block_\d{1,2}/,head", (r"block_\d{1,2}/", "head")),
+    ("optimizer.frozen", "^(?!a{1,},[)]),[^],]$,[(,],c", ("^(?!a{1,},[)])", "[^],]$", "[(,]", "c")),
+    ("optimizer.frozen", r"\(a,b\,c\[,d", (r"\(a", r"b\,c\[", "d")),
     ("optimizer.frozen", "", ()),
     ("optimizer.frozen", "()", ()),
 ])
@@ -122,6 +126,7 @@ def test_text_is_read_as_the_type_of_the_key(key, text, value):
     assert parsed == value and type(parsed) is type(value)
     if isinstance(value, tuple):
         assert [type(item) for item in parsed] == [type(item) for item in value]
+    assert parse_value(key, format_value(value)) == value  # how a sweep passes it to its runs
 
 
 @pytest.mark.parametrize("key, text, message", [
@@ -264,6 +269,7 @@ def test_a_recipe_may_replace_a_section():
      "config.model.representation_size=8 is for classes, which config.task='masked_patches' has "
      "not; leave it at None."),
     (dict(optimizer__name="adam", optimizer__weight_decay=0.1), "config.optimizer.name='adam' has"),
+    (dict(total_steps=None, epochs=0), "config.epochs=0 would train nothing"),
     (dict(optimizer__clip_norm=0), "config.optimizer.clip_norm=0 would"),
     (dict(parallelism="pmap", mesh__fsdp=2), "config.parallelism='pmap' is data parallel only"),
     (dict(parallelism="pmap", mesh__tensor=2), "config.parallelism='pmap' is data parallel only"),

@@ -5,6 +5,7 @@ command line's `--config.key=value` and hands the result to `validate`.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,10 +88,23 @@ def parse_value(path: str, text: str) -> Any:
     if field.type is tuple or (field.length and "," in text):
         if field.item is not str or text.strip() in ("()", "[]"):  # a regex keeps its brackets
             text = text.strip("()[] ")
-        parts = [part.strip() for part in text.split(",")]
+        parts = [part.strip() for part in _split(text)]
         return check_value(
             path, tuple(_parse_scalar(path, field.item, part) for part in parts if part))
     return check_value(path, _parse_scalar(path, field.type, text))
+
+
+def _split(text: str) -> list[str]:
+    r"""Splits at commas, but not at those inside the brackets of a regex or after a backslash:
+    `a\d{1,2},b` has two parts."""
+    parts, depth = [""], 0
+    for token in re.findall(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|.", text, re.DOTALL):
+        depth = max(0, depth + (token in ("(", "{")) - (token in (")", "}")))
+        if token == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
 
 
 def format_value(value: Any) -> str:
@@ -207,6 +221,8 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if (config.total_steps is None) == (config.epochs is None):
         given = "both are" if config.epochs is not None else "neither is"
         raise UserError(f"Give one of config.total_steps and config.epochs; {given} set.")
+    if config.epochs == 0:
+        raise UserError("config.epochs=0 would train nothing; set it above 0.")
     if config.batch_size % config.accumulation_steps:
         raise UserError(
             f"config.batch_size={config.batch_size} is not divisible by "
