@@ -187,7 +187,8 @@ FIELDS: dict[str, Field] = {
     #
     "loss.name": Field("softmax", str, "softmax cross-entropy, or sigmoid cross-entropy per class",
                        choices=("softmax", "sigmoid")),
-    "loss.label_smoothing": Field(0.0, float, "probability spread evenly over all classes",
+    "loss.label_smoothing": Field(0.0, float, "probability spread evenly over all classes "
+                                  "in training; evaluation does without",
                                   minimum=0, maximum=0.99),
     #
     "optimizer.name": Field("adamw", str, "update rule",
@@ -207,7 +208,8 @@ FIELDS: dict[str, Field] = {
     "optimizer.layer_decay": Field(1.0, float, "layer-wise learning-rate decay: factor per block, "
                                    "from the head down", minimum=0, maximum=1),
     "optimizer.frozen": Field((), tuple, "regular expressions: parameters whose path matches one "
-                              "stay as they are", item=str),
+                              "stay as they are; commas separate them, except inside brackets",
+                              item=str),
     #
     "schedule.name": Field("cosine", str, "decay after the warmup",
                            choices=("cosine", "linear", "rsqrt", "constant")),

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jaxprs import equations, named
 from tiny import make_tiny_config
-from tiny_steps import SIZE, build, make_batch, random_state, run
+from tiny_steps import SIZE, build, compile_run, follow, make_batch, random_state, run
 
 from vit_jax.config import validate
 from vit_jax.models.scan import unstack_blocks
@@ -59,6 +59,16 @@ def test_same_losses_on_eight_devices(tiny_config, begin, reference, settings):
     assert state.step == 4
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5),
                  *(unstack_blocks(jax.device_get(s.params)) for s in (state, reference[1])))
+
+
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_the_step_is_compiled_once(tiny_config, begin, parallelism, caplog):
+    """For the state that a run begins with as for those that the step returns."""
+    tiny_config.parallelism = parallelism
+    step, state, _ = compile_run(tiny_config, state=begin)
+    with jax.log_compiles():
+        follow(step, state, steps=3)
+    assert len([line for line in caplog.messages if "Finished XLA compilation" in line]) == 1
 
 
 @pytest.mark.core
@@ -178,6 +188,7 @@ def test_normalize_and_flip():
 
 @pytest.mark.core
 def test_eval_step_against_numpy(tiny_config):
+    tiny_config.loss.label_smoothing = 0.1  # which only training's loss contains
     config = validate(tiny_config)
     model = build_model(config, 10, SIZE)
     params = random_state(build(config)[1]).params

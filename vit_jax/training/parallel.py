@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
 from vit_jax.training import partition
@@ -102,8 +102,13 @@ def compile_train_step(
             devices=list(mesh.devices.flat),
         )
         devices = jax.local_device_count()
+        # pmap returns the state on a mesh of its own, but the first one comes on the run's mesh: the
+        # step would be compiled for both.
+        own = NamedSharding(Mesh(mesh.devices.ravel(), PMAP_AXIS), PartitionSpec())
 
         def run_pmap(state, batch):
+            if state.step.sharding != own:
+                state = jax.device_put(state, own)
             return step(state, {
                 k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()
             })

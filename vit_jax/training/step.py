@@ -155,12 +155,13 @@ def moving_average(average: Any, params: Any, decay: float, updates: jax.Array) 
 def make_eval_step(
     model: nn.Module, config: ml_collections.ConfigDict, pixels: Pixels = Pixels()  # noqa: B008
 ) -> Callable[[Any, Batch], Metrics]:
-    """Builds eval_step(params, batch) -> per image: loss [B], prediction [B] and in_top5 [B]."""
+    """Builds eval_step(params, batch) -> per image: loss [B], prediction [B] and in_top5 [B]. The
+    loss is that of the label itself: smoothing only regularizes training."""
 
     def eval_step(params, batch):
         logits = model.apply({"params": params}, normalize(batch["image"], pixels), train=False)
         num_classes = logits.shape[-1]
-        targets = targets_from_labels(batch["label"], num_classes, config.loss.label_smoothing)
+        targets = targets_from_labels(batch["label"], num_classes)
         _, best = jax.lax.top_k(logits, min(5, num_classes))
         return {
             "loss": cross_entropy(config.loss.name, logits, targets),
