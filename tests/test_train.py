@@ -385,7 +385,8 @@ def test_a_half_written_checkpoint_is_passed_over(finished, tmp_path):
     """What a kill in the middle of a save leaves behind, as Orbax names it."""
     workdir = shutil.copytree(finished, tmp_path / "run")
     debris = workdir / "checkpoints" / "8.orbax-checkpoint-tmp-0"
-    debris.mkdir()
+    (debris / "metrics").mkdir(parents=True)
+    (debris / "metrics" / "metrics").write_text('{"eval/acc')
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "train/loss": 1.0}\n{"step": 8, "tra')
     main([TINY, f"--workdir={workdir}", "--config.total_steps=8"])

@@ -180,6 +180,8 @@ class Checkpoints:
 def _check_metrics(directory):
     """Raises UserError for metrics files that would crash Orbax, which reads all at once."""
     for path in directory.glob("*/metrics/metrics"):
+        if not path.parts[-3].isdigit():  # left over by a killed save, and read by nobody
+            continue
         try:
             json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
