@@ -102,7 +102,7 @@ def compile_train_step(
             devices=list(mesh.devices.flat),
         )
         devices = jax.local_device_count()
-        # pmap returns the state on a mesh of its own, but the first one comes on the run's mesh: the
+        # pmap returns the state on a mesh of its own. The first one comes on the run's mesh, and the
         # step would be compiled for both.
         own = NamedSharding(Mesh(mesh.devices.ravel(), PMAP_AXIS), PartitionSpec())
 
