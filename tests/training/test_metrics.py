@@ -1,6 +1,8 @@
 """metrics.jsonl, TensorBoard events, and the progress line."""
 
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -67,6 +69,25 @@ def test_a_last_line_that_a_kill_cut_short(tmp_path, tail, kept):
     assert steps_of(tmp_path) == [*kept, 4]
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run():
+    """In a process of its own, whose output is a pipe that is closed at the other end."""
+    program = ("import sys\n"
+               "from vit_jax.training.metrics import Progress\n"
+               "progress = Progress(0, 2, 1)\n"
+               "sys.stdin.read()\n"
+               "for step in (0, 1):\n"
+               "    progress.say('text')\n"
+               "    progress.show(step, {'train/loss': 1.0, 'train/learning_rate': 1.0})\n"
+               "progress.close()\n"
+               "print('done', file=sys.stderr)\n")
+    process = subprocess.Popen([sys.executable, "-c", program], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == "done\n" and process.wait() == 0
+    process.stderr.close()
 
 
 def test_no_file_is_no_entries(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -181,25 +182,34 @@ class Progress:
         line = "  ".join(parts)
         if self._terminal:  # a line that wraps could not be rewritten
             line = line[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\033[K{line}", end="", flush=True)
+            _print(f"\r\033[K{line}", end="")
             self._unfinished = True
         else:
-            print(line, flush=True)
+            _print(line)
         return speed
 
     def say(self, text: str) -> None:
         """Prints a line of its own, over the progress line."""
-        print(f"\r\033[K{text}" if self._terminal else text, flush=True)
+        _print(f"\r\033[K{text}" if self._terminal else text)
         self._unfinished = False
 
     def close(self) -> None:
         """Ends the line that `show` may have left open, so that what follows has its own."""
         if self._unfinished:
-            print(flush=True)
+            _print()
             self._unfinished = False
 
     def _restart(self, step):
         self._step, self._start, self._waited = step, time.perf_counter(), 0.0
+
+
+def _print(text="", end="\n"):
+    """Prints immediately. Once nobody reads the output any more, as when Ctrl-C also ended a `tee`,
+    it is discarded: the run must still save."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def peak_memory() -> int | None:
