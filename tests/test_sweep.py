@@ -51,7 +51,7 @@ def swept(tmp_path_factory):
 
 def test_a_run_that_fails_does_not_end_the_others(swept):
     _, workdir, message = swept
-    assert message.startswith("1 of 2 runs failed (bad-1e+30-seed0): see log.txt")
+    assert message.startswith("1 of 2 runs failed (bad-1e+30-seed0): see above, ")
     assert "error: The " in (workdir / "bad-1e+30-seed0" / "log.txt").read_text()
     assert not (workdir / "bad-1e+30-seed0" / "result.json").exists()
 
@@ -102,6 +102,20 @@ def test_other_settings_are_refused_by_the_run(swept, capsys):
     assert "FAILED" in capsys.readouterr().out
     log = (workdir / "late-0.2-seed0" / "log.txt").read_text()
     assert "belongs to a run with another config:\n  batch_size: 16 -> 8" in log
+
+
+@pytest.mark.parametrize("length, said", [
+    ("total_steps=12", "total_steps: 6 -> 12"), ("epochs=0.1", "total_steps: 6 -> None, epochs: "),
+])
+def test_a_run_of_another_length_is_not_continued(swept, capsys, length, said):
+    """Its first steps were those of another schedule; nor is it run, which log.txt would show."""
+    config, workdir, _ = swept
+    log = (workdir / "late-0.2-seed0" / "log.txt").read_text()
+    lengths = ["--config.total_steps=none", f"--config.{length}"][-1 if "steps" in length else 0:]
+    with pytest.raises(UserError, match="1 of 1 runs failed"):
+        main([config, f"--workdir={workdir}", "--shard=1/2", *lengths])
+    assert f"it began with another length ({said}" in capsys.readouterr().out
+    assert (workdir / "late-0.2-seed0" / "log.txt").read_text() == log
 
 
 def test_interrupted_and_continued(tmp_path):

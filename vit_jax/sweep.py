@@ -69,8 +69,8 @@ def main(arguments: list[str]) -> None:
         print(f"{len(busy)} runs are in progress in other processes: {', '.join(busy)}.")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs[part::parts])} runs failed "
-                        f"({', '.join(failed)}): see log.txt in their folders. Run the same "
-                        "command to retry them.")
+                        f"({', '.join(failed)}): see above, and log.txt in their folders. Run the "
+                        "same command to retry them.")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from vit_jax.config import format_value
+from vit_jax import config as config_lib
 from vit_jax.errors import UserError
 from vit_jax.sweeping import results
 from vit_jax.sweeping.grid import Run, Sweep, folder
+from vit_jax.training import workdir as workdir_lib
 from vit_jax.training.metrics import format_seconds
 
 
@@ -92,7 +93,8 @@ def run_all(
                     continue
                 print(title, f"running; its output goes to {where / 'log.txt'}", flush=True)
                 begin = time.monotonic()
-                problem = _run(argument, where, run, stopping, lock)
+                problem = _begun_otherwise(where, run) or _run(
+                    argument, where, run, stopping, lock)
                 if problem is None:
                     results.record(workdir, run)
                 elif stopping.signal:
@@ -118,12 +120,28 @@ def write_tables(workdir: Path, sweep: Sweep, runs: list[Run]) -> None:
         results.write(workdir, sweep, runs)
 
 
+def _begun_otherwise(where, run) -> str | None:
+    """Why the run in this folder is not to be continued, if its length was another one: `main` would
+    do so, but what comes out had another schedule than a run that the sweep compares it with."""
+    if not workdir_lib.has_checkpoints(where) or not (where / "config.json").exists():
+        return None
+    try:
+        changed = config_lib.differences(run.config, workdir_lib.read_config(where))
+    except UserError as error:
+        return str(error)
+    lengths = [changed[key] for key in ("total_steps", "epochs") if key in changed]
+    if not lengths:
+        return None
+    return (f"it began with another length ({', '.join(lengths)}); use the old value, or delete "
+            f"{where} to train it from the start")
+
+
 def _run(argument, where, run, stopping, lock) -> str | None:
     """Why the run failed; None if it did not."""
     # If several tasks of a cluster run sweeps, each does so by itself: none joins another's run.
     command = [sys.executable, "-m", "vit_jax.main", "--cluster=none", f"--config={argument}",
                f"--workdir={where}"]
-    command += [f"--config.{key}={format_value(value)}" for key, value in run.settings.items()]
+    command += [f"--config.{key}={config_lib.format_value(value)}" for key, value in run.settings.items()]
     log_path = where / "log.txt"
     with log_path.open("ab") as log:
         begin = log.tell()

@@ -35,10 +35,10 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> list[str]:
         changed = config_lib.differences(config, read_config(workdir))
         _refuse({k: v for k, v in changed.items() if k not in RESUMABLE}, workdir)
     distributed.barrier("config.json was read")
-    if not path.exists() and not _has_checkpoints(workdir):
+    if not path.exists() and not has_checkpoints(workdir):
         renew(workdir, config)
     distributed.barrier("config.json is written")
-    if not path.exists() and not _has_checkpoints(workdir):
+    if not path.exists() and not has_checkpoints(workdir):
         raise UserError(
             f"Process {jax.process_index()} does not see {path}, which process 0 wrote; --workdir "
             "must be on a file system that all processes share."
@@ -97,7 +97,7 @@ def check_same_model(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _refuse(lines, workdir):
     if lines:
-        empty = not _has_checkpoints(workdir)
+        empty = not has_checkpoints(workdir)
         raise UserError(
             f"The workdir {workdir} belongs to a run with another config:\n  "
             + "\n  ".join(lines.values())
@@ -106,7 +106,8 @@ def _refuse(lines, workdir):
         )
 
 
-def _has_checkpoints(workdir):
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether there is a checkpoint to continue from, complete or not."""
     return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
