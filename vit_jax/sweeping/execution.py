@@ -121,8 +121,8 @@ def write_tables(workdir: Path, sweep: Sweep, runs: list[Run]) -> None:
 
 
 def _begun_otherwise(where, run) -> str | None:
-    """Why the run in this folder is not to be continued, if its length was another one: `main` would
-    do so, but what comes out had another schedule than a run that the sweep compares it with."""
+    """Why the run in this folder is not to be continued, if it began with another length: `main`
+    would do so, but its first steps had another schedule than the table would say."""
     if not workdir_lib.has_checkpoints(where) or not (where / "config.json").exists():
         return None
     try:
@@ -141,7 +141,8 @@ def _run(argument, where, run, stopping, lock) -> str | None:
     # If several tasks of a cluster run sweeps, each does so by itself: none joins another's run.
     command = [sys.executable, "-m", "vit_jax.main", "--cluster=none", f"--config={argument}",
                f"--workdir={where}"]
-    command += [f"--config.{key}={config_lib.format_value(value)}" for key, value in run.settings.items()]
+    command += [f"--config.{key}={config_lib.format_value(value)}"
+                for key, value in run.settings.items()]
     log_path = where / "log.txt"
     with log_path.open("ab") as log:
         begin = log.tell()

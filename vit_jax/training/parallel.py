@@ -102,8 +102,8 @@ def compile_train_step(
             devices=list(mesh.devices.flat),
         )
         devices = jax.local_device_count()
-        # pmap returns the state on a mesh of its own. The first one comes on the run's mesh, and the
-        # step would be compiled for both.
+        # pmap returns the state on a mesh of its own. The first one comes on the run's mesh, for
+        # which the step would be compiled as well.
         own = NamedSharding(Mesh(mesh.devices.ravel(), PMAP_AXIS), PartitionSpec())
 
         def run_pmap(state, batch):
