@@ -148,7 +148,7 @@ def test_sizes_fit_each_other(recipe):
                  if key != "variant" and value is not None}
     model = create_model(config.model.variant, num_classes=1000, **overrides)
     if isinstance(model, VisionTransformer):
-        check_image_size(image_size(config), model.patch_size * model.stem_stride)
+        check_image_size(image_size(config), model.patch_pixels)
         assert model.representation_size in (None, model.hidden_size)
         assert model.hidden_size % model.num_heads == 0
 
@@ -202,15 +202,16 @@ def test_weight_decay_is_that_of_big_vision(recipe):
 
 
 @pytest.mark.parametrize("recipe, message", [
-    ("pretrain_i1k.py", "say which model and recipe: --config=configs/pretrain_i1k.py:S/16,90"),
-    ("pretrain_i1k.py:S/16", "say which model and recipe"),
+    ("pretrain_i1k.py", "name a model and a recipe: --config=configs/pretrain_i1k.py:S/16,90"),
+    ("pretrain_i1k.py:S/16", "name a model and a recipe"),
     ("pretrain_i1k.py:S/61,90", "Unknown model variant 'S/61'; did you mean 'S/16'?"),
     ("pretrain_i1k.py:H/14,90", "there is no recipe for H/14, only for Ti/16, S/32, S/16, B/32, B"),
-    ("pretrain_i1k.py:S/16,91", "unknown recipe '91'; did you mean '90'? Known are 90, 150, 300, "),
-    ("pretrain_i21k.py", "say which model"),
+    ("pretrain_i1k.py:S/16,91",
+     "unknown recipe '91'; did you mean '90'? The choices are 90, 150, 300, "),
+    ("pretrain_i21k.py", "name a model"),
     ("pretrain_i21k.py:B/61", "Unknown model variant 'B/61'; did you mean 'B/16'?"),
     ("pretrain_i21k.py:H/14", "there is no recipe for H/14, only for Ti/16, S/32, "),
-    ("pretrain_paper.py", "say which row"),
+    ("pretrain_paper.py", "name a row"),
     ("pretrain_paper.py:B/16-i1k-30ep", "unknown row 'B/16-i1k-30ep'; did you mean 'B/16-i1k-300e"),
     ("pretrain_paper.py:B/16-jft-7ep", "JFT-300M is not public; name a data set of your own: "
      "--config=configs/pretrain_paper.py:B/16-jft-7ep,folder:/data/photos"),

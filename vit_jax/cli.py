@@ -223,6 +223,21 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
                         help="for a workdir: load the EMA weights (config.ema_decay)")
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """`--checkpoint`, `--best`, `--ema` and `--image_size`: which model a command loads."""
+    parser.add_argument("--checkpoint", metavar="PATH", required=True,
+                        help="a file, a directory, a run's workdir, or a name: augreg:B/16")
+    add_weights_flags(parser)
+    parser.add_argument("--image_size", metavar="N[,M]", help="instead of the checkpoint's: "
+                        "pixels per side, or height,width")
+
+
+def model_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """What these flags mean to `load_model`, for models of colour images."""
+    size = parse_image_size(flags.image_size) if flags.image_size else None
+    return {"channels": 3, "image_size": size, **weights_options(flags)}
+
+
 def weights_options(flags: argparse.Namespace) -> dict[str, Any]:
     """What these flags mean to `load_model`."""
     return {"checkpoint": "best" if flags.best else "last", "ema": flags.ema}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from vit_jax.config import base_config
@@ -75,6 +76,17 @@ def find_images(arguments: list[str], unreadable: Unreadable) -> list[str]:
     return paths
 
 
+def eval_config(preprocessing: dict[str, Any]) -> ml_collections.ConfigDict:
+    """A config whose evaluation preprocesses images as `preprocessing` of `Loaded.metadata`."""
+    config = base_config()
+    config.data.image_size = tuple(preprocessing["image_size"])
+    config.data.eval_crop = preprocessing["crop"]
+    config.data.eval_resize = preprocessing["resize"]
+    config.data.antialias = preprocessing["antialias"]
+    config.data.interpolation = preprocessing["interpolation"]
+    return config
+
+
 def batches_of(
     paths: list[str], preprocessing: dict[str, Any], unreadable: Unreadable, batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[tuple[int, str]]]]:
@@ -90,11 +102,7 @@ def batches_of(
       images uint8 [B, H, W, 3] with the same B throughout, and (row, path) of those that could be
       read; the other rows are black.
     """
-    config = base_config()
-    config.data.eval_crop = preprocessing["crop"]
-    config.data.eval_resize = preprocessing["resize"]
-    config.data.antialias = preprocessing["antialias"]
-    config.data.interpolation = preprocessing["interpolation"]
+    config = eval_config(preprocessing)
     config.data.worker_kind = "thread"  # `_Files` tells `unreadable`, which is in this process
     size = tuple(preprocessing["image_size"])
     batch_size = max(1, min(batch_size, len(paths)))

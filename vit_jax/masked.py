@@ -26,10 +26,12 @@ def main(arguments: list[str]) -> None:
         "of images, and the colours it predicts for the patches it does not see.",
         epilog=f"The first {_MOST} images are drawn.",
     )
-    parser.add_argument("--checkpoint", metavar="WORKDIR", required=True)
+    parser.add_argument("--checkpoint", metavar="WORKDIR", required=True,
+                        help="of the pretraining run")
     parser.add_argument("images", metavar="IMAGE_OR_DIR", nargs="+",
                         help=f"directories are searched for {', '.join(EXTENSIONS)}")
-    parser.add_argument("--out", metavar="FILE.png", type=Path, required=True)
+    parser.add_argument("--out", metavar="FILE.png", type=Path, required=True,
+                        help="the picture to write")
     parser.add_argument("--rate", metavar="SHARE", type=float, default=0.5,
                         help="of patches to corrupt (%(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the corruption")

@@ -44,19 +44,17 @@ def main(arguments: list[str]) -> None:
         "ImageNet's.\nImages that cannot be read are reported on stderr and skipped, and the exit "
         "code is 1.",
     )
-    parser.add_argument("--checkpoint", metavar="PATH", required=True,
-                        help="a file, a directory, a run's workdir, or a name: augreg:B/16")
+    cli.add_model_flags(parser)
     parser.add_argument("images", metavar="IMAGE_OR_DIR", nargs="+",
                         help=f"directories are searched for {', '.join(EXTENSIONS)}")
-    cli.add_weights_flags(parser)
     parser.add_argument("--top", metavar="K", type=int, default=5, help="classes per image (5)")
-    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument("--format", choices=FORMATS, default="table",
+                        help="of the output (%(default)s)")
     parser.add_argument("--features", metavar="OUT.npz", type=Path,
                         help="also saves `features`, float32 [images, width], the input of the "
                         "head, and `files`, the file names")
-    parser.add_argument("--batch_size", metavar="N", type=int, default=32)
-    parser.add_argument("--image_size", metavar="N[,M]", help="instead of the checkpoint's: "
-                        "pixels per side, or height,width")
+    parser.add_argument("--batch_size", metavar="N", type=int, default=32,
+                        help="images at once (%(default)s)")
     flags = parser.parse(arguments)
     for flag in ("top", "batch_size"):
         if getattr(flags, flag) < 1:
@@ -70,10 +68,7 @@ def main(arguments: list[str]) -> None:
 
     unreadable = Unreadable()
     paths = find_images(flags.images, unreadable)
-    options: dict[str, Any] = {"channels": 3, **cli.weights_options(flags)}
-    if flags.image_size:
-        options["image_size"] = cli.parse_image_size(flags.image_size)
-    loaded = load_model(flags.checkpoint, **options)
+    loaded = load_model(flags.checkpoint, **cli.model_options(flags))
     print(loaded.report, file=sys.stderr)
     if not loaded.model.num_classes and not flags.features:
         raise UserError(f"{flags.checkpoint} has no head, so it gives features, not classes; save "

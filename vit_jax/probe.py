@@ -9,10 +9,10 @@ import numpy as np
 
 from vit_jax import cli
 from vit_jax.checkpoints.load import load_model
-from vit_jax.config import base_config
 from vit_jax.data.pipeline import BadImages
 from vit_jax.data.sources import Source, open_splits
 from vit_jax.errors import UserError, did_you_mean
+from vit_jax.images import eval_config
 from vit_jax.probes import PROBES
 from vit_jax.probes.evaluator import ProbeResults, make_probes
 from vit_jax.probes.fewshot import L2, SEEDS, SHOTS
@@ -33,8 +33,7 @@ def main(arguments: list[str]) -> None:
         "linear   logistic regression by L-BFGS; l2 is chosen on a tenth of the training images\n"
         "\nAll images, including the training images, are preprocessed as the checkpoint says.",
     )
-    parser.add_argument("--checkpoint", metavar="PATH", required=True,
-                        help="a file, a directory, a run's workdir, or a name: augreg:B/16")
+    cli.add_model_flags(parser)
     parser.add_argument("--data", metavar="SOURCE", required=True,
                         help="tfds:NAME, folder:PATH or digits")
     parser.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets are")
@@ -42,14 +41,12 @@ def main(arguments: list[str]) -> None:
                         help="what the probes are trained on; default: the source's own")
     parser.add_argument("--eval_split", metavar="SPLIT",
                         help="what they are tested on; default: the source's own")
-    cli.add_weights_flags(parser)
     parser.add_argument("--what", metavar="PROBES", default=",".join(PROBES),
                         help="a subset of %(default)s")
     parser.add_argument("--shots", metavar="N,...", default=",".join(map(str, SHOTS)),
                         help="images per class of the few-shot probe (%(default)s)")
-    parser.add_argument("--batch_size", metavar="N", type=int, default=128)
-    parser.add_argument("--image_size", metavar="N[,M]", help="instead of the checkpoint's: "
-                        "pixels per side, or height,width")
+    parser.add_argument("--batch_size", metavar="N", type=int, default=128,
+                        help="images at once (%(default)s)")
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="also writes the results")
     flags = parser.parse(arguments)
     names = parse_probes(flags.what)
@@ -63,22 +60,14 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--out: the folder {flags.out.absolute().parent} does not exist; create "
                         "it first.")
 
-    options = {"num_classes": 0, "channels": 3, **cli.weights_options(flags)}
-    if flags.image_size:
-        options["image_size"] = cli.parse_image_size(flags.image_size)
-    loaded = load_model(flags.checkpoint, **options)
+    loaded = load_model(flags.checkpoint, num_classes=0, **cli.model_options(flags))
     print(loaded.report)
     preprocessing = loaded.metadata["preprocessing"]
     size = tuple(preprocessing["image_size"])
     train_source, test_source = open_data(flags, size)
 
-    config = base_config()
+    config = eval_config(preprocessing)
     config.eval_batch_size = flags.batch_size
-    config.data.image_size = size
-    config.data.eval_crop = preprocessing["crop"]
-    config.data.eval_resize = preprocessing["resize"]
-    config.data.antialias = preprocessing["antialias"]
-    config.data.interpolation = preprocessing["interpolation"]
     mesh = partition.make_mesh(config)
     bad_images = BadImages("skip")
     probe = make_probes(

@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> None:
         if overrides:
             raise UserError(f"--config.{next(iter(overrides))} has no effect on a checkpoint, only "
                             "on a variant.") from None
-        options = {"image_size": size, "num_classes": flags.num_classes}
-        loaded = load_model(flags.name, **{k: v for k, v in options.items() if v is not None})
+        classes = {} if flags.num_classes is None else {"num_classes": flags.num_classes}
+        loaded = load_model(flags.name, image_size=size, **classes)
         print(loaded.report, file=sys.stderr)
         model, size = loaded.model, tuple(loaded.metadata["preprocessing"]["image_size"])
     else:

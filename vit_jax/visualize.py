@@ -4,7 +4,6 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -66,24 +65,17 @@ def main(arguments: list[str]) -> None:
         f"left out with the reason. The first {_DRAWN} images are drawn; numbers are of all.\n"
         "positions and filters need no images.",
     )
-    parser.add_argument("--checkpoint", metavar="PATH", required=True,
-                        help="a file, a directory, a run's workdir, or a name: augreg:B/16")
+    cli.add_model_flags(parser)
     parser.add_argument("images", metavar="IMAGE_OR_DIR", nargs="*",
                         help=f"directories are searched for {', '.join(EXTENSIONS)}")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for the results")
     parser.add_argument("--what", metavar="FIGURE,FIGURE", default="all",
                         help="which figures, for example rollout,heads (all)")
-    cli.add_weights_flags(parser)
-    parser.add_argument("--image_size", metavar="N[,M]", help="another than the checkpoint's: "
-                        "pixels per side, or height,width")
     flags = parser.parse(arguments)
     wanted = parse_what(flags.what)
     unreadable = Unreadable()
     paths = find_images(flags.images, unreadable) if flags.images else []
-    options: dict[str, Any] = {"channels": 3, **cli.weights_options(flags)}
-    if flags.image_size:
-        options["image_size"] = cli.parse_image_size(flags.image_size)
-    loaded = load_model(flags.checkpoint, **options)
+    loaded = load_model(flags.checkpoint, **cli.model_options(flags))
     print(loaded.report, file=sys.stderr)
 
     reasons = {name: reason for name in wanted if (reason := obstacle(name, loaded, paths))}
@@ -203,7 +195,7 @@ def draw(
       (caption, figures, arrays).
     """
     model = loaded.model
-    grid, stride = _grid(loaded), model.patch_size * model.stem_stride
+    grid, stride = _grid(loaded), model.patch_pixels
     reader = "the class token" if "token" in model.classifier else "the mean of all patches"
     if name == "positions":
         cosines = features.position_similarity(features.position_vectors(loaded.params, grid))
@@ -293,9 +285,7 @@ def facts(loaded: Loaded, view: View | None) -> dict[str, str]:
 
 
 def _grid(loaded):
-    stride = loaded.model.patch_size * loaded.model.stem_stride
-    height, width = loaded.metadata["preprocessing"]["image_size"]
-    return height // stride, width // stride
+    return loaded.model.patch_grid(loaded.metadata["preprocessing"]["image_size"])
 
 
 if __name__ == "__main__":

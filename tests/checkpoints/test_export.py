@@ -62,7 +62,6 @@ def test_timm(tmp_path, torch, fields):
     assert check.status == "PASS" and check.library.startswith("timm")
     assert check.tensors == (report.tensors, report.tensors)
     count = len(jax.tree.leaves(load_model(tmp_path / "out").params))
-    assert report.parameters[0] == report.parameters[1]
     images = pixels(3, *size, seed=7)
     model = loaded.model.clone(scan_layers=False)
     expected = apply(loaded.model, loaded.params, images)
@@ -246,7 +245,8 @@ def test_what_an_npz_cannot_hold(tmp_path):
     warned = export_model(loaded, "npz", tmp_path / "a.npz", check=False).warnings
     assert len(warned) == 4
     for what in ("trained_size=(16, 64)", "mean=[0.1, 0.2, 0.3], std=[0.2, 0.3, 0.4]",
-                 "(interpolation=bicubic, where bilinear is taken; antialias=True, where False",
+                 "(interpolation=bicubic, where bilinear would be assumed; antialias=True, where "
+                 "False",
                  "names of the 5 classes"):
         assert sum(what in text for text in warned) == 1, what
     back = load_model(tmp_path / "a.npz", trained_size=(16, 64), **told)  # as they say
@@ -275,7 +275,7 @@ def test_a_directory_and_its_account(tmp_path):
         assert file.metadata() == {"format": "pt"}
         assert len(list(file.keys())) == report.tensors
     stored = json.loads((folder / "conversion_report.json").read_text())
-    assert stored["parameters"] == [len(flat(make().params))] * 2
+    assert stored["parameters"] == len(flat(make().params))
     assert stored["verification"]["status"] == "SKIPPED"
     assert stored["source"] == "runs/made up"
     assert {"vit_jax", "jax", "safetensors"} <= stored["versions"].keys()
@@ -353,7 +353,7 @@ def test_timms_transform_is_ours(tmp_path, torch, crop):
 @pytest.mark.parametrize("target, options, reason", [
     ("npz", dict(dtype="bfloat16"), "--dtype=bfloat16"),
     ("npz", dict(match_eps=True), "--match_eps is for timm"),
-    ("timm", dict(match_eps=True, dtype="float16"), "--match_eps does not go with"),
+    ("timm", dict(match_eps=True, dtype="float16"), "--match_eps cannot be used with"),
     ("timm", dict(dtype="int8"), "--dtype=int8 is not one of"),
     ("timm", dict(images=["nowhere.png"]), "nowhere.png cannot be read"),
 ])
@@ -409,7 +409,7 @@ def test_a_damaged_file_does_not_get_the_name(tmp_path, monkeypatch, target):
         return verify.verify(target, path, *arguments, **options)
 
     monkeypatch.setattr(export, "verify", damage)
-    with pytest.raises(VerificationFailed, match=r"It was left in .*out\.failed") as error:
+    with pytest.raises(VerificationFailed, match=r"It was saved as .*out\.failed") as error:
         export_model(make(), target, tmp_path / "out")
     assert error.value.report.verification.status == "FAIL"
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -449,9 +449,10 @@ def test_what_lies_there_already(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     write = dict(target="timm", check=False, overwrite=True)
-    assert "no earlier export" in refusal(export_model, make(), out=tmp_path / "photos", **write)
+    assert "is not an earlier export" in refusal(
+        export_model, make(), out=tmp_path / "photos", **write)
     assert "is a file" in refusal(export_model, make(), out=tmp_path / "photos/cat.jpg", **write)
-    assert "is no directory" in refusal(export_model, make(), out=tmp_path / "a" / "b", **write)
+    assert "is not a directory" in refusal(export_model, make(), out=tmp_path / "a" / "b", **write)
     assert "is a directory" in refusal(
         export_model, make(), out=tmp_path / "photos", **write | {"target": "npz"})
     assert (tmp_path / "photos" / "cat.jpg").exists()
@@ -462,7 +463,7 @@ def test_what_lies_there_already(tmp_path):
     export_model(make(), "npz", file, check=False, overwrite=True)
     other = tmp_path / "notes.txt"
     other.write_text("thesis")
-    assert "no earlier export" in refusal(
+    assert "is not an earlier export" in refusal(
         export_model, make(), "npz", other, check=False, overwrite=True)
     assert other.read_text() == "thesis"
 

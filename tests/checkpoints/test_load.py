@@ -174,8 +174,8 @@ def test_a_rectangular_grid_is_resized_in_one_call(tmp_path):
     """Its shape has to be told, and then it is resized as any."""
     model = tiny()
     wide = google_npz(tmp_path / "a.npz", random_params(model, 12, 28))
-    with pytest.raises(UserError, match="its 21 position embeddings are no square grid; .* as "
-                                        "image_size, or as trained_size beside another"):
+    with pytest.raises(UserError, match="its 21 position embeddings do not form a square grid; .* "
+                                        "as image_size, or as trained_size if image_size differs"):
         vit_jax.load_model(wide)
     as_it_is = vit_jax.load_model(wide, image_size=(12, 28))
     assert as_it_is.metadata["position_resize"] is None
@@ -185,7 +185,7 @@ def test_a_rectangular_grid_is_resized_in_one_call(tmp_path):
             flat(as_it_is.params)[POSITIONS], old_grid=(3, 7), new_grid=(4, 4), prefix=1,
             mode="corner_aligned"))
     assert square.metadata["preprocessing"]["image_size"] == [16, 16]
-    with pytest.raises(UserError, match="no square grid, nor one of 4x7; load_model takes the"):
+    with pytest.raises(UserError, match="not form a square grid, nor one of 4x7; pass the"):
         vit_jax.load_model(wide, trained_size=(16, 28), image_size=16)
     plain = google_npz(tmp_path / "b.npz", random_params(model, 16, 16))
     with pytest.raises(UserError, match=r"trained_size=\(12, 28\), but .*b.npz is of 16x16; leave"):
@@ -216,7 +216,7 @@ def test_sizes_of_other_types(path):
     for size in (np.int64(8), [np.int32(8), 8]):
         loaded = vit_jax.load_model(path, image_size=size)
         assert loaded.metadata["preprocessing"]["image_size"] == [8, 8]
-    for size in ("32", (32,), 32.0, (8, "8"), None):
+    for size in ("32", (32,), 32.0, (8, "8")):
         with pytest.raises(UserError, match="image_size=.* must be one whole number, or two"):
             vit_jax.load_model(path, image_size=size)
     with pytest.raises(UserError, match="trained_size='x' must be one whole number"):
@@ -262,7 +262,8 @@ def test_representation_layer(path):
     assert loaded.params["head"]["kernel"].shape == (16, 5)
     assert "reset    head/kernel 16x5 (" in str(loaded.report)
     assert "5 classes in the file, 5 in the model" not in str(loaded.report)
-    with pytest.raises(UserError, match=r"pre_logits/kernel is \[16, 12\], wanted \[16, 8\]"):
+    with pytest.raises(
+            UserError, match=r"pre_logits/kernel has shape \[16, 12\], expected \[16, 8\]"):
         vit_jax.load_model(path, representation_size=8)
     with pytest.raises(UserError, match=r"missing pre_logits/kernel \[16, 7\]"):
         plain = google_npz(path.with_name("plain.npz"), random_params(tiny(), 8, 8))
@@ -372,9 +373,9 @@ def test_gap_in_place_of_the_class_token(path):
     (dict(activation="gelu_tan"), "activation='gelu_tan' is not one of gelu_tanh, gelu; did you"),
     (dict(classifier="tokens"), "did you mean 'token'?"),
     (dict(num_heads=3), "Hidden_size 16 is not divisible by num_heads 3"),
-    (dict(num_heads=4), "query/bias is [2, 8], wanted [4, 4]"),
-    (dict(hidden_size=32), "MlpBlock_0/Dense_0/kernel is [16, 24], wanted [32, 24]"),
-    (dict(num_layers=1), "left over Transformer/encoderblock_1/LayerNorm_0/bias [16], nearest: "),
+    (dict(num_heads=4), "query/bias has shape [2, 8], expected [4, 4]"),
+    (dict(hidden_size=32), "MlpBlock_0/Dense_0/kernel has shape [16, 24], expected [32, 24]"),
+    (dict(num_layers=1), "unexpected Transformer/encoderblock_1/LayerNorm_0/bias [16], nearest: "),
     (dict(num_layers=3), "missing Transformer/encoderblock_2/LayerNorm_0/bias [16]"),
     (dict(layer_scale=0.1), "missing Transformer/encoderblock_0/LayerScale_0/gamma [16]"),
     (dict(register_tokens=2), "missing register_tokens [1, 2, 16]"),

@@ -66,7 +66,7 @@ def test_a_patch_is_predicted_from_its_own_token():
 def test_patch_pixels():
     assert masked().patch_pixels == 4
     hybrid = masked(resnet_stages=(1, 1), patch_size=2)
-    assert hybrid.patch_pixels == 16 and hybrid.num_patches((32, 64)) == 8
+    assert hybrid.patch_pixels == 16 and hybrid.patch_grid((32, 64)) == (2, 4)
     assert {f.name for f in dataclasses.fields(MaskedPatchModel)} - {
         f.name for f in dataclasses.fields(VisionTransformer)} == {"target"}
 

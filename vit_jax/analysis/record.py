@@ -8,6 +8,7 @@ the recording is the same. Attention weights are large (22 MB an image for B/16 
 only what is made of it.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +23,7 @@ from vit_jax.models.vit import VisionTransformer
 
 def attention_bytes(model: VisionTransformer, image_size: tuple[int, int]) -> int:
     """Size of one image's attention weights in a recording."""
-    stride = model.patch_size * model.stem_stride
-    tokens = (image_size[0] // stride) * (image_size[1] // stride) + 1 + model.register_tokens
+    tokens = math.prod(model.patch_grid(image_size)) + 1 + model.register_tokens
     return 4 * model.num_layers * model.num_heads * tokens**2
 
 
@@ -75,11 +75,10 @@ def record(
     blocks = [encoder[f"encoderblock_{i}"] for i in range(model.num_layers)]
     attention = [block["MultiHeadDotProductAttention_0"]["attention"][0] for block in blocks]
     tokens = [*encoder["tokens"], *(block["tokens"][0] for block in blocks)]
-    stride = model.patch_size * model.stem_stride
     return outputs, Recording(
         attention=jnp.stack(attention),
         tokens=jnp.stack(tokens).astype(jnp.float32),
-        grid=(images.shape[1] // stride, images.shape[2] // stride),
-        stride=stride,
+        grid=model.patch_grid(images.shape[1:3]),
+        stride=model.patch_pixels,
         class_token=model.classifier in ("token", "token_unpooled"),
     )

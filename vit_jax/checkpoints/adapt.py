@@ -1,10 +1,11 @@
 """Fits loaded parameters to a model: another resolution, patch, number of channels or classes."""
 
 import difflib
-from typing import Any
+import functools
 
 import flax.linen as nn
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoints import resize
 from vit_jax.checkpoints.layouts import POSITIONS
@@ -14,6 +15,10 @@ from vit_jax.errors import UserError
 from vit_jax.models.shapes import params_shapes
 
 Params = dict[str, np.ndarray]  # by path
+
+# {'head': {'kernel': x}} to {'head/kernel': x}, and back.
+flatten = functools.partial(flatten_dict, sep="/")
+nest = functools.partial(unflatten_dict, sep="/")
 
 
 def expected_shapes(model: nn.Module, size: tuple[int, int], channels: int) -> dict[str, tuple]:
@@ -82,14 +87,14 @@ def adapt(
 
     for path, tensor in params.items():
         shape = wanted.get(path)
-        if path.endswith("/relative_embedding") and old_grid != _grid(model, size):
+        if path.endswith("/relative_embedding") and old_grid != model.patch_grid(size):
             raise UserError(
                 f"{report.source} has relative position embeddings of {old_grid[0]}x{old_grid[1]} "
                 f"patches, which cannot be resized; keep its image size.")
         is_positions = path.endswith("/posembed_input/pos_embedding")  # at the stem or in a block
         if is_positions:
             prefix = int("cls" in params)
-            new_grid = _grid(model, size)
+            new_grid = model.patch_grid(size)
         # 4 x 4 and 2 x 8 patches are as many, and yet another grid.
         other_grid = is_positions and old_grid not in (None, new_grid)
         if shape is None or (tensor.shape == shape and not other_grid):
@@ -99,6 +104,7 @@ def adapt(
             tensor = resize.resize_position_embedding(
                 tensor, old_grid=old_grid, new_grid=new_grid, prefix=prefix, mode=position_resize)
             how = f"position embedding, {position_resize}"
+            report.position_resize = position_resize
         elif path in ("embedding/kernel", "conv_root/kernel"):
             how = []
             if tensor.shape[2] != shape[2] and path == _first_layer(wanted):
@@ -118,11 +124,6 @@ def adapt(
 
     _check_complete(params, wanted, report)
     return params
-
-
-def _grid(model, size):
-    stride = model.patch_size * model.stem_stride
-    return size[0] // stride, size[1] // stride
 
 
 def _first_layer(wanted):
@@ -191,24 +192,3 @@ def _check_complete(params, wanted, report):
         shown = lines[:8] + ([f"... and {len(lines) - 8} more"] if len(lines) > 8 else [])
         raise UserError(
             f"{report.source} does not fit the model:\n  " + "\n  ".join(shown))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'head/kernel': ..., ...} from nested dictionaries."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {
-            prefix + key: value}
-    return flat
-
-
-def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree

@@ -50,7 +50,7 @@ def model_card(report, config: dict[str, Any]) -> str:
         "",
         "## Conversion",
         "",
-        f"{report.parameters[0]} of {report.parameters[1]} parameters in {report.tensors} tensors, "
+        f"{report.parameters} parameters in {report.tensors} tensors, "
         f"{report.numbers:,} numbers in {report.dtype}.",
         *_bullets("Changed:", changes),
         *_bullets("To know:", report.warnings),

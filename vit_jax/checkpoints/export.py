@@ -52,7 +52,7 @@ class ExportReport:
       source: what was loaded.
       target: one of `targets.TARGETS`.
       path: what was written: a directory, or the npz file.
-      parameters: (parameters of the model that were placed, parameters of the model).
+      parameters: arrays of the model.
       tensors: in the file.
       numbers: in these tensors.
       dtype: of the tensors.
@@ -68,7 +68,7 @@ class ExportReport:
     source: str
     target: str
     path: str
-    parameters: tuple[int, int]
+    parameters: int
     tensors: int
     numbers: int
     dtype: str
@@ -94,8 +94,7 @@ class ExportReport:
         return result
 
     def __str__(self) -> str:
-        placed, of = self.parameters
-        lines = [f"{self.path}: {placed} of {of} parameters in {self.tensors} tensors for "
+        lines = [f"{self.path}: {self.parameters} parameters in {self.tensors} tensors for "
                  f"{targets.LIBRARIES[self.target]}, {self.numbers:,} numbers in {self.dtype}"]
         lines += [f"  changed  {text}" for text in self.changes]
         lines += [f"  effect   {effect_line(name, effect)}"
@@ -197,7 +196,7 @@ def export_model(
 
     report = ExportReport(
         source=loaded.report.source, target=target, path=str(out),
-        parameters=(len(params), len(params)), tensors=len(tensors),
+        parameters=len(params), tensors=len(tensors),
         numbers=sum(x.size for x in tensors.values()), dtype=dtype, changes=changes,
         effects=effects,
         warnings=_warnings(target, model, params, loaded.metadata, class_names),
@@ -205,8 +204,11 @@ def export_model(
         class_names=class_names, loss=loaded.metadata.get("loss"),
         load=str(loaded.report).splitlines(), verification=Verification(reason="not asked for"))
     with output.temporary(out) as temporary:
-        write = _write_npz if target == "npz" else _write_directory
-        write(temporary, report, model, tensors, size, channels, matched)
+        if target == "npz":
+            with temporary.open("wb") as file:  # np.savez would append .npz to a name
+                np.savez(file, **tensors)
+        else:
+            _write_directory(temporary, report, model, tensors, size, channels, matched)
         if check:
             report.verification = verify(
                 target, temporary, placed if target == "npz" else tensors, expected,
@@ -232,7 +234,7 @@ def _as_target_has_it(
         return model, params
     prefix = int(model.classifier == "token")
     kind = model.position_embedding
-    grid = tuple(side // (model.patch_size * model.stem_stride) for side in size)
+    grid = model.patch_grid(size)
     if kind == "learned_2d":
         rows, columns = (params.pop(f"Transformer/posembed_input/{name}_embedding")
                          for name in ("row", "column"))
@@ -337,11 +339,6 @@ def _lost_in_npz(model, preprocessing, class_names):
         if getattr(model, part, None):
             warnings.append(f"only vit_jax reads {part.replace('_', ' ')} from an npz")
     return warnings
-
-
-def _write_npz(path, report, model, tensors, size, channels, matched):
-    with path.open("wb") as file:  # np.savez would append .npz to a name
-        np.savez(file, **tensors)
 
 
 def _write_directory(path, report, model, tensors, size, channels, matched):

@@ -6,6 +6,7 @@ import difflib
 import operator
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,6 @@ from vit_jax.models.variants import CHOICES
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.state import model_from_json
-
-# What `load_model` takes beside the fields of the model.
-_OPTIONS = {"image_size", "trained_size", "channels", "position_resize", "reset_head", "mean",
-            "std", "checkpoint", "ema"}
 
 _ONE_BY_ONE = {"scan_layers": False, "scan_unroll": False}  # blocks as they are on disk
 
@@ -71,7 +68,20 @@ class Contents:
     position_resize: str | None = None  # how its position embedding came to its size, if resized
 
 
-def load_model(path: str | Path, **overrides) -> Loaded:
+def load_model(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    trained_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    position_resize: str = "corner_aligned",
+    reset_head: bool = False,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    checkpoint: str = "last",
+    ema: bool = False,
+    **fields,
+) -> Loaded:
     """Loads a model from a file, a directory, a run's workdir, or by name.
 
     Reads Google's npz in every dialect; timm, DeiT, DINO, DINOv2 and MAE encoders in timm's names;
@@ -80,56 +90,49 @@ def load_model(path: str | Path, **overrides) -> Loaded:
 
     Args:
       path: where it is, or a name such as 'augreg:B/16'.
-      **overrides: fields of the model (`num_classes=10`, `dtype='bfloat16'`,
-        `representation_size=None`, `num_heads=`, `activation=`, ...); and
-        image_size: (height, width) or one number; the position embedding is resized,
-        trained_size: (height, width) that it was trained at, which a file does not show if its
-          grid is not square; by default a square is assumed or, if that is impossible,
-          `image_size`,
-        position_resize: how, see `resize.POSITION_MODES`; the default is 'corner_aligned',
-        channels: of the images, if different from the file's; the first layer is adapted, mean
-        and std are averaged,
-        reset_head: True for a zero head even if the number of classes agrees,
-        mean, std: of the pixels in [0, 1], if the file does not contain them,
-        checkpoint: 'last' (default) or 'best' of a workdir,
-        ema: True for the averaged weights of a run with config.ema_decay.
+      image_size: (height, width) or one number; the position embedding is resized to it. Default:
+        the checkpoint's.
+      trained_size: (height, width) that it was trained at, which a file does not show if its grid
+        is not square; by default a square is assumed or, if that is impossible, `image_size`.
+      channels: of the images, if different from the file's; the first layer is adapted, mean and
+        std are averaged.
+      position_resize: how the position embedding is resized, see `resize.POSITION_MODES`.
+      reset_head: True for a zero head even if the number of classes agrees.
+      mean, std: of the pixels in [0, 1], if the file does not contain them.
+      checkpoint: 'last' or 'best' of a workdir.
+      ema: True for the EMA weights of a run with config.ema_decay.
+      **fields: of the model: `num_classes=10`, `dtype='bfloat16'`, `representation_size=None`,
+        `num_heads=`, `activation=`, ...
 
     Raises:
       UserError: unreadable, not a ViT, or tensors that are missing or unexpected.
     """
-    options = {key: overrides.pop(key) for key in list(overrides) if key in _OPTIONS}
-    for key in ("image_size", "trained_size"):
-        if key in options:
-            options[key] = _pair(key, options[key])
-    contents = read(path, num_heads=overrides.get("num_heads"),
-                    trained_size=options.get("trained_size"), image_size=options.get("image_size"),
-                    checkpoint=options.get("checkpoint", "last"), ema=options.get("ema", False))
+    image_size, trained_size = _pair("image_size", image_size), _pair("trained_size", trained_size)
+    contents = read(path, num_heads=fields.get("num_heads"), trained_size=trained_size,
+                    image_size=image_size, checkpoint=checkpoint, ema=ema)
     report = contents.report
     known = {f.name for f in dataclasses.fields(contents.module)} - {"parent", "name"}
-    for key in overrides:
+    for key in fields:
         if key not in known:
             raise UserError(f"load_model has no option {key!r}"
-                            f"{did_you_mean(key, known | _OPTIONS)}")
-    _check_values(overrides, options)
-    if "dtype" in overrides:
-        overrides["dtype"] = jnp.dtype(overrides["dtype"])
-    model = contents.module(**(contents.fields | overrides))
+                            f"{did_you_mean(key, known | load_model.__kwdefaults__.keys())}")
+    _check_values(fields | {"position_resize": position_resize}, channels)
+    if "dtype" in fields:
+        fields["dtype"] = jnp.dtype(fields["dtype"])
+    model = contents.module(**(contents.fields | fields))
 
     old_size = tuple(contents.preprocessing["image_size"])
-    if options.get("trained_size", old_size) != old_size:
-        raise UserError(f"trained_size={options['trained_size']}, but {report.source} is of "
+    if trained_size not in (None, old_size):
+        raise UserError(f"trained_size={trained_size}, but {report.source} is of "
                         f"{old_size[0]}x{old_size[1]}; leave it out.")
-    size = options.get("image_size", old_size)
-    mode = options.get("position_resize", "corner_aligned")
+    size = image_size or old_size
     old_channels = _channels(contents.params)
-    channels = options.get("channels") or old_channels
+    channels = channels or old_channels
     params = adapt(
         contents.params, model, size, old_grid=contents.grid, report=report, channels=channels,
-        position_resize=mode, reset_head=options.get("reset_head", False))
-    resized = any(path.endswith("/pos_embedding") and mode in how
-                  for path, _, _, how in report.resized)
+        position_resize=position_resize, reset_head=reset_head)
     head_is_new = any(path == "head/kernel" for path, *_ in report.reset)
-    told = {key: options[key] for key in ("mean", "std") if key in options}
+    told = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
     for key in ("mean", "std") if channels != old_channels else ():
         value = contents.preprocessing[key]
         if key not in told and isinstance(value, (list, tuple)) and len(value) != channels:
@@ -140,7 +143,7 @@ def load_model(path: str | Path, **overrides) -> Loaded:
     metadata = {
         "preprocessing": contents.preprocessing | {"image_size": list(size)} | told,
         "class_names": None if head_is_new else contents.class_names,
-        "position_resize": mode if resized else contents.position_resize,
+        "position_resize": report.position_resize or contents.position_resize,
         "dialect": report.dialect,
         "loss": contents.loss,
     }
@@ -148,6 +151,8 @@ def load_model(path: str | Path, **overrides) -> Loaded:
 
 
 def _pair(key, size):
+    if size is None:
+        return None
     try:
         pair = (size, size) if np.ndim(size) == 0 else tuple(size)
         height, width = map(operator.index, pair)
@@ -157,20 +162,19 @@ def _pair(key, size):
     return height, width
 
 
-def _check_values(overrides, options):
-    given = overrides | options
+def _check_values(given, channels):
     for key, choices in (CHOICES | {"position_resize": POSITION_MODES}).items():
         if key in given and given[key] not in choices:
             raise UserError(f"{key}={given[key]!r} is not one of {', '.join(choices)}"
                             f"{did_you_mean(str(given[key]), choices)}")
-    if options.get("channels", 1) < 1:
-        raise UserError(f"channels={options['channels']} must be at least 1.")
+    if channels is not None and channels < 1:
+        raise UserError(f"channels={channels} must be at least 1.")
     try:
-        valid = jnp.issubdtype(jnp.dtype(overrides.get("dtype", "float32")), jnp.floating)
+        valid = jnp.issubdtype(jnp.dtype(given.get("dtype", "float32")), jnp.floating)
     except TypeError:
         valid = False
     if not valid:
-        raise UserError(f"dtype={overrides['dtype']!r} is none of float32, bfloat16 and float16.")
+        raise UserError(f"dtype={given['dtype']!r} is none of float32, bfloat16 and float16.")
 
 
 def _channels(params):
@@ -295,8 +299,7 @@ def _read_workdir(path, which, ema):
                         renamed=[(name, name, x.shape) for name, x in params.items()])
     grid = None
     if isinstance(model, VisionTransformer):
-        stride = model.patch_size * model.stem_stride
-        grid = (size[0] // stride, size[1] // stride)
+        grid = model.patch_grid(size)
     config = meta["config"]
     return Contents(params, fields, type(model), grid, meta["preprocessing"],
                     tuple(meta["class_names"]), report, loss=config["loss"]["name"],

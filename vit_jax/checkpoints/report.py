@@ -18,6 +18,7 @@ class LoadReport:
       missing: (our path, shape) that the file does not have; not empty only inside an error.
       assumptions: what could be inferred neither from the shapes nor from a config.
       warnings: what the user might not expect.
+      position_resize: the mode in which a position embedding was resized, if one was.
     """
 
     source: str
@@ -29,6 +30,7 @@ class LoadReport:
     missing: list[tuple[str, tuple]] = dataclasses.field(default_factory=list)
     assumptions: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    position_resize: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.renamed)} parameters from {self.dialect} names"]

@@ -16,10 +16,11 @@ import numpy as np
 from vit_jax.checkpoints import files, google, targets
 from vit_jax.checkpoints.adapt import nest
 from vit_jax.checkpoints.libraries import LOADERS, Function, Unavailable, first_line, in_batches
-from vit_jax.data import augment
 from vit_jax.data.decode import BadImageError, decode_image
 from vit_jax.data.folder import EXTENSIONS
+from vit_jax.data.pipeline import eval_crop
 from vit_jax.errors import UserError
+from vit_jax.images import eval_config
 from vit_jax.training.step import Pixels, normalize
 
 # Largest allowed difference of a logit, times the spread of the logits where that exceeds 1.
@@ -62,10 +63,6 @@ class Verification:
     tolerance: float | None = None
     top1: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """All attributes."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         rows = [("tensors", f"{self.tensors[0]} of {self.tensors[1]} read back bit for bit")]
@@ -246,13 +243,7 @@ def _preprocess(path, preprocessing):
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except BadImageError as error:
         raise UserError(f"{path} cannot be decoded: {error}.") from error
-    size = tuple(preprocessing["image_size"])
-    how = {key: preprocessing[key] for key in ("antialias", "interpolation")}
-    if preprocessing["crop"] == "squash":
-        image = augment.squash(image, size, **how)
-    else:
-        image = augment.center_crop(
-            image, size, resize_to=targets.resize_to(size, preprocessing), **how)
+    image = eval_crop(image, tuple(preprocessing["image_size"]), eval_config(preprocessing).data)
     return np.asarray(normalize(image, Pixels(preprocessing["mean"], preprocessing["std"])))
 
 

@@ -109,15 +109,10 @@ class MaskedPatchModel(VisionTransformer):
         """Never: every patch is predicted."""
         return False
 
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels per side of what one token stands for, on a hybrid too."""
-        return self.patch_size * self.stem_stride
-
     @nn.nowrap
     def num_patches(self, image_size: tuple[int, int]) -> int:
         """Of an image of (height, width) pixels."""
-        return math.prod(side // self.patch_pixels for side in image_size)
+        return math.prod(self.patch_grid(image_size))
 
     @property
     def backbone(self) -> VisionTransformer:

@@ -8,7 +8,7 @@ POSITION_EMBEDDINGS = ("learned_1d", "learned_2d", "sincos_2d", "relative", "non
 POSITION_PLACES = ("stem", "every_layer", "every_layer_shared")
 
 
-def sincos_2d(height: int, width: int, features: int, temperature: float = 10_000.0) -> jax.Array:
+def sincos_2d(height: int, width: int, features: int) -> jax.Array:
     """Fixed 2-D sine-cosine position embedding [H * W, D], as in MoCo v3 (arXiv 2104.02057).
 
     Raises:
@@ -16,7 +16,7 @@ def sincos_2d(height: int, width: int, features: int, temperature: float = 10_00
     """
     if features % 4 or features < 8:
         raise ValueError(f"sincos_2d needs a width divisible by 4 and at least 8, not {features}.")
-    frequencies = temperature ** -jnp.linspace(0.0, 1.0, features // 4)
+    frequencies = 10_000.0 ** -jnp.linspace(0.0, 1.0, features // 4)
     y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     y, x = (jnp.outer(axis.ravel(), frequencies) for axis in (y, x))
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)

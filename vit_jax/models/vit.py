@@ -6,6 +6,7 @@ up: `VisionTransformer` cuts the image into patches, `Encoder` adds positions an
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -345,7 +346,7 @@ class VisionTransformer(nn.Module):
     def embed_patches(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
         """Images [B, H, W, C] to patch embeddings [B, h * w, D] and the grid (h, w)."""
         resnet.check_images(images)
-        check_image_size(images.shape[1:3], self.patch_size * self.stem_stride)
+        check_image_size(images.shape[1:3], self.patch_pixels)
 
         x = images
         if self.resnet_stages is not None:
@@ -447,12 +448,21 @@ class VisionTransformer(nn.Module):
         """Image pixels per position of the patches' input: 1, or the stride of the ResNet."""
         return 1 if self.resnet_stages is None else resnet.total_stride(self.resnet_stages)
 
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels per side of the image region that one token stands for, in hybrids too."""
+        return self.patch_size * self.stem_stride
+
+    @nn.nowrap
+    def patch_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of an image of (height, width) pixels."""
+        return image_size[0] // self.patch_pixels, image_size[1] // self.patch_pixels
+
     @nn.nowrap
     def attention_kernel(self, image_size: tuple[int, int], *, train: bool) -> tuple[str, str]:
         """(name, reason) of the attention kernel for images of (height, width) on this machine;
         see `choose_implementation`."""
-        multiple = self.patch_size * self.stem_stride
-        patches = (image_size[0] // multiple) * (image_size[1] // multiple)
+        patches = math.prod(self.patch_grid(image_size))
         return self._kernel(patches + ("token" in self.classifier), train)
 
     @nn.nowrap
