@@ -3,12 +3,17 @@
 import contextlib
 import io
 import json
+import signal
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import __file__ as tiny_file
+from tiny import make_tiny_config
 
+from vit_jax.config import to_json
 from vit_jax.data.tfds import TfdsSplit
 from vit_jax.errors import UserError
 from vit_jax.main import main
@@ -48,7 +53,7 @@ def make_photos(root, corrupt=()):
 @pytest.mark.parametrize("arguments, message", [
     (["--config.data.source=folder:{tmp}/nowhere"], "folder:{tmp}/nowhere does not exist; give "),
     (["--config.data.source=folder:"], "config.data.source='folder:' needs a path: folder:PATH."),
-    (["--config.data.source=digit"], "config.data.source='digit' is no data source; it must be on"),
+    (["--config.data.source=digit"], "config.data.source='digit' is not a data source; it must be"),
     (["--config.data.eval_split=tset"], "digits has no split 'tset', only 'train', 'test'; did yo"),
     (["--config.data.source=tfds:cifar10", "--config.data.dir={tmp}"],
      "tfds:cifar10 is not prepared: no {tmp}/cifar10/VERSION/dataset_info.json."),
@@ -67,7 +72,7 @@ def make_photos(root, corrupt=()):
     (["--config.batch_size=12"], "config.batch_size=12 is not divisible by 8 (8 devices x 1 accum"),
     (["--config.accumulation_steps=4"], "config.batch_size=16 is not divisible by 32 (8 devices x"),
     (["--config.mesh.fsdp=3"], "config.mesh with data=-1, fsdp=3, tensor=1 does not fit 8 devices"),
-    (["--config.schedule.warmup_steps=6"], "config.schedule.warmup_steps=6 leaves none of the 6 s"),
+    (["--config.schedule.warmup_steps=6"], "config.schedule.warmup_steps=6 takes up all 6 steps"),
     (["--config.optimizer.frozen=nothing"], "config.optimizer.frozen: 'nothing' matches no param"),
 ], ids=lambda value: value[0].partition(".")[2] if isinstance(value, list) else "")
 def test_settings_that_cannot_work(tmp_path, arguments, message):
@@ -107,8 +112,33 @@ def test_a_workdir_that_is_a_file(tmp_path, mode, below):
 @pytest.mark.parametrize("flag", ["--ema", "--checkpoint=best"])
 def test_training_with_flags_of_evaluation(tmp_path, flag):
     text = refusal(f"--workdir={tmp_path / 'run'}", flag)
-    assert text.startswith(f"{flag} says what --mode=evaluate evaluates")
+    assert text.startswith(f"{flag} only applies to --mode=evaluate")
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_two_checkpoints(tmp_path, monkeypatch):
+    """--config.init is what a run began with; where it is that, a run's command can be repeated."""
+    config = make_tiny_config()
+    config.init = "began.npz"
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    monkeypatch.setattr("vit_jax.main.evaluate_checkpoint", mock.Mock())
+    command = ["--mode=evaluate", f"--workdir={tmp_path}"]
+    assert refusal(*command, "--config.init=other.npz").endswith(
+        f"--workdir={tmp_path} or --config.init=other.npz; give one of them.")
+    main([*command, "--config.init=began.npz"])
+
+
+def test_an_evaluation_leaves_sigterm_to_the_system(tmp_path, monkeypatch):
+    """Among several processes JAX catches it, and no loop asks about it here."""
+    (tmp_path / "config.json").write_text(json.dumps(to_json(make_tiny_config())))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("vit_jax.main.evaluate_checkpoint", mock.Mock())
+    old = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        main(["--mode=evaluate", f"--workdir={tmp_path}"])
+    finally:
+        left = signal.signal(signal.SIGTERM, old)
+    assert left == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("arguments", [[], [TINY]])
@@ -230,7 +260,8 @@ def test_photos_that_changed_since_the_run_began(photos_run):
     (photos / "train" / "grey cats" / "new.png").rename(photos / "new.png")
     cat = sorted((photos / "train" / "grey cats").iterdir())[0]
     other = cat.rename(photos / "train" / "Äpfel" / "cat.png")
-    with pytest.raises(UserError, match="as many training images, but not the same, or not with"):
+    with pytest.raises(
+            UserError, match="as many training images as before, but other images or other labels"):
         main(more)
     other.rename(cat)
 
@@ -256,7 +287,8 @@ def test_a_tfds_data_set_that_changed_since_the_run_began(tmp_path, monkeypatch,
         run("one", 2)
     run("one", 4)
     assert "Continuing from step 2." in capsys.readouterr().out
-    with pytest.raises(UserError, match="as many training images, but not the same, or not with"):
+    with pytest.raises(
+            UserError, match="as many training images as before, but other images or other labels"):
         run("other", 6)
     (tmp_path / "one").rename(tmp_path / "moved")
     run("moved", 6)

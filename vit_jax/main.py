@@ -3,6 +3,7 @@
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import jax
@@ -60,6 +61,11 @@ def main(arguments: list[str]) -> None:
         raise UserError("--config=FILE.py is missing; try configs/quickstart.py.")
     cli.apply_overrides(settings, overrides)
     settings = config.validate(settings)
+    if flags.mode == "evaluate" and workdir and "init" in overrides:
+        begun = workdir_lib.read_config(workdir).init
+        if settings.init != begun:
+            raise UserError(f"--mode=evaluate evaluates --workdir={flags.workdir} or "
+                            f"--config.init={settings.init}; give one of them.")
     distributed.start(flags.cluster, flags.coordinator, flags.num_processes, flags.process_id)
 
     try:
@@ -67,6 +73,8 @@ def main(arguments: list[str]) -> None:
             with StopSignal() as stop:
                 train(settings, workdir, stop)
         else:
+            if jax.process_count() > 1:  # JAX keeps SIGTERM for a training loop that asks for it
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if workdir:
                 workdir_lib.check_same_model(settings, workdir)
             evaluation = evaluate_checkpoint(
