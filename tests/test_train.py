@@ -66,6 +66,14 @@ def wait_for_step(workdir, step, process, timeout=120):
     raise AssertionError(f"never reached step {step}: {finish(process)}")
 
 
+def stop_before(step, monkeypatch, command):
+    """The command in this process, as if SIGTERM came just before this step."""
+    stop = types.SimpleNamespace(check=lambda n: signal.SIGTERM if n == step else None)
+    with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
+        patch.setattr("vit_jax.main.StopSignal", lambda: contextlib.nullcontext(stop))
+        main(command)
+
+
 def final_state(workdir):
     """Every array of the last checkpoint, optimizer state included, with the step."""
     checkpoints = Checkpoints(workdir / "checkpoints", writable=False)
@@ -214,10 +222,14 @@ def test_what_may_change_on_resume(finished, tmp_path, capsys):
           "--config.eval_every=0", "--config.checkpoint_every=0"])
     out = capsys.readouterr().out
     assert "total_steps: 6 -> 8" in out and "Continuing from step 6" in out
+    other_draws = "note: from here on, dropout, stochastic depth"
+    assert other_draws in out
     assert final_state(workdir)[0] == 8
     main([TINY, f"--workdir={workdir}", "--config.total_steps=10", "--config.mesh.fsdp=4"])
-    assert final_state(workdir)[0] == 10
-    with pytest.raises(UserError, match="step 10, beyond the 6 steps"):
+    assert final_state(workdir)[0] == 10 and other_draws in capsys.readouterr().out
+    main([TINY, f"--workdir={workdir}", "--config.total_steps=11", "--config.mesh.fsdp=2"])
+    assert "mesh.fsdp" in (out := capsys.readouterr().out) and other_draws not in out
+    with pytest.raises(UserError, match="step 11, beyond the 6 steps"):
         main([TINY, f"--workdir={workdir}"])
 
 
@@ -308,11 +320,7 @@ def test_a_run_that_is_cut_to_what_it_has_is_evaluated(tmp_path, capsys, monkeyp
     """Stopped before its first evaluation, it is then said to end there."""
     command = [TINY, f"--workdir={tmp_path / 'run'}", "--config.eval_every=0",
                "--config.checkpoint_every=0", "--config.ema_decay=0.9"]
-    with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
-        stop = types.SimpleNamespace(
-            check=lambda step: signal.SIGTERM if step == 3 else None)
-        patch.setattr("vit_jax.main.StopSignal", lambda: contextlib.nullcontext(stop))
-        main(command)
+    stop_before(3, monkeypatch, command)
     evaluate_best = [f"--workdir={tmp_path / 'run'}", "--mode=evaluate", "--checkpoint=best"]
     with pytest.raises(UserError, match="holds no checkpoint that was evaluated; take the last"):
         main(evaluate_best)
@@ -321,7 +329,56 @@ def test_a_run_that_is_cut_to_what_it_has_is_evaluated(tmp_path, capsys, monkeyp
         entries = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl")
                    if "eval/accuracy" in e]
         assert [e["step"] for e in entries] == [2] and "eval_ema/accuracy" in entries[0]
-    assert f"eval/accuracy={entries[0]['eval/accuracy']:.4f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"eval/accuracy={entries[0]['eval/accuracy']:.4f}" in out
+    assert f"Finished 2 steps; accuracy {entries[0]['eval/accuracy']:.4f}. Figures" in out
+
+
+def test_what_is_said_of_a_run_that_is_cut_between_evaluations(tmp_path, capsys, monkeypatch):
+    """The accuracy of its last step, and the one that --checkpoint=best gives."""
+    command = [TINY, f"--workdir={tmp_path / 'run'}", "--config.eval_every=2",
+               "--config.checkpoint_every=0"]
+    stop_before(4, monkeypatch, command)
+    capsys.readouterr()
+    main([*command, "--config.total_steps=3"])
+    accuracy = {e["step"]: e["eval/accuracy"] for e in read_metrics(
+        tmp_path / "run" / "metrics.jsonl") if "eval/accuracy" in e}
+    assert list(accuracy) == [2, 3]
+    said = f"accuracy {accuracy[3]:.4f}, of the best checkpoint {accuracy[2]:.4f}."
+    assert f"Finished 3 steps; {said}" in capsys.readouterr().out
+
+
+def test_a_kill_in_the_probes_loses_neither_steps_nor_probes(tmp_path, monkeypatch):
+    """Also where the run is then said to end there, or is continued with more frequent probes."""
+    command = [TINY, f"--workdir={tmp_path / 'run'}", "--config.eval_every=0",
+               "--config.checkpoint_every=4", "--config.probes.every=4"]
+    probed = [KeyboardInterrupt]
+
+    def probe(params):
+        if probed:
+            raise probed.pop()
+        return types.SimpleNamespace(scalars=lambda: {"probe/1shot": 0.5})
+
+    def steps():
+        return [e["step"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl")
+                if "probe/1shot" in e]
+
+    monkeypatch.setattr("vit_jax.train.make_probes", lambda *args, **kwargs: probe)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert final_state(tmp_path / "run")[0] == 4 and steps() == []
+    main([*command, "--config.total_steps=4"])
+    assert steps() == [4]
+    main(command)
+    assert steps() == [4, 6]
+    main(command)
+    assert steps() == [4, 6]
+
+
+def test_a_finished_run_does_not_begin_what_it_is_asked_to_stop(finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr("vit_jax.train.make_evaluator", lambda *args: pytest.fail)
+    stop_before(7, monkeypatch, [TINY, f"--workdir={workdir}"])
 
 
 def test_a_head_alone_on_scanned_layers_is_continued(tmp_path):
@@ -344,7 +401,7 @@ def test_weights_that_an_update_spoils_are_not_saved(tmp_path):
 
 @pytest.mark.parametrize("raised, said", [
     (ValueError("RESOURCE_EXHAUSTED: Error writing ...: No space left [os_error_code='28']"),
-     "A checkpoint cannot be written to .*No space left.*what was complete is kept"),
+     "A checkpoint cannot be written to .*No space left.*completed checkpoints are kept"),
     (OSError(28, "No space left on device"), "A checkpoint cannot be written to .*No space left"),
     (ValueError("UNKNOWN: Gloo AllGather failed"), "Gloo"),  # another process ended
 ], ids=["TensorStore's", "Python's", "no disk's"])

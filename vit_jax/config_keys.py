@@ -224,7 +224,8 @@ FIELDS: dict[str, Field] = {
 }
 
 # What may change when a run is resumed: nothing here changes the stream of batches or the updates,
-# except for rounding (and for total_steps, whose change is announced).
+# except for rounding. Two exceptions are announced: another total_steps changes the schedule, and
+# with pmap each device draws its own random numbers (dropout, mixup and so on).
 RESUMABLE = (
     "data.workers", "data.worker_kind", "data.dir", "data.on_bad_image",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "parallelism",

@@ -40,6 +40,10 @@ from vit_jax.training.task import make_task_loss
 
 _STEPS_IN_FLIGHT = 2  # how far Python may run ahead of the devices
 _BAD_FROM_THE_START = 64  # images, all of which would be too many to go on
+_OTHER_DRAWS = (
+    "from here on, dropout, stochastic depth, mixup, CutMix, random erasing and corrupted patches, "
+    "where used, differ from those of an uninterrupted run: with parallelism='pmap' each device "
+    "draws its own random numbers.")
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, stop: StopSignal) -> None:
@@ -91,10 +95,14 @@ def _train(config, workdir, stop, held):
     print(format_summary(summary))
     for line in describe(config, mesh, model, train_source, eval_source, total_steps):
         print(line)
-    for line in [*notes, *(f"changed since this run began: {change}" for change in changes)]:
+    meta = describe_run(config, plain, pixels, classes, train_source)
+    meta["drawn_apart"] = parallel.drawn_apart(config, mesh)
+    notes += [f"changed since this run began: {change}" for change in changes]
+    if stored and stored.get("drawn_apart", meta["drawn_apart"]) != meta["drawn_apart"]:
+        notes.append(_OTHER_DRAWS)
+    for line in notes:
         print(f"note: {line}")
     checkpoints = Checkpoints(workdir / "checkpoints")
-    meta = describe_run(config, plain, pixels, classes, train_source)
     first_step = checkpoints.last_step or 0
     distributed.check_agreement({
         "config": config_lib.to_json(config), "last checkpoint": first_step,
@@ -152,8 +160,23 @@ def _train(config, workdir, stop, held):
             raise UserError(_not_finite("weights", "nan or inf", step, workdir, checkpoints))
         checkpoints.save(step, state, meta, scalars)
 
-    # The loop. Everything due after a step happens in this order: log, evaluate, save, stop.
+    def probes_due(step):
+        return probe and (step == total_steps or step % config.probes.every == 0)
+
+    def run_probes(step):
+        with progress.paused():
+            probed = probe(state.params).scalars()
+        log.write(step, probed)
+        progress.say("  ".join(f"{key} {value:.4f}" for key, value in probed.items()))
+
+    # The loop. Everything due after a step happens in this order: log, evaluate, save, probe, stop.
+    # Probes come after the save, because they may take longer than the time until a kill.
     try:
+        if signal := stop.check(first_step + 1):  # asked here, since there may be no step left
+            raise Stopped(signal, first_step)
+        if first_step and probes_due(first_step) and distributed.total(
+                not log.has(first_step, "probe/")):
+            run_probes(first_step)
         metrics, compiled = {}, {}
         for step in range(first_step + 1, total_steps + 1):
             if signal := stop.check(step):
@@ -195,12 +218,6 @@ def _train(config, workdir, stop, held):
                 if averaged:
                     progress.say(f"averaged weights  {averaged}")
 
-            if probe and (last or step % config.probes.every == 0):
-                with progress.paused():
-                    probed = probe(state.params).scalars()
-                log.write(step, probed)
-                progress.say("  ".join(f"{key} {value:.4f}" for key, value in probed.items()))
-
             is_best = scalars is not None and scalars[BEST] > best
             due = config.checkpoint_every and step % config.checkpoint_every == 0
             if last or is_best or due:
@@ -208,6 +225,9 @@ def _train(config, workdir, stop, held):
                     save(step, scalars)
                 saved_step = step
                 best = scalars[BEST] if is_best else best
+
+            if probes_due(step):
+                run_probes(step)
         checkpoints.wait()
         if evaluation is None:  # no step was left
             evaluation = evaluate(state.params)
@@ -229,7 +249,8 @@ def _train(config, workdir, stop, held):
         from vit_jax.report import write_report  # matplotlib takes half a second of a start
 
         folder = write_report(workdir, evaluation, classes, train_source.labels())
-        print(f"Finished {total_steps} steps; best accuracy {max(best, evaluation.accuracy):.4f}. "
+        of_best = f", of the best checkpoint {best:.4f}" if best >= 0 else ""
+        print(f"Finished {total_steps} steps; accuracy {evaluation.accuracy:.4f}{of_best}. "
               f"Figures are in {folder}, checkpoints and metrics beside it.")
     print(evaluation.final_line(), flush=True)
 

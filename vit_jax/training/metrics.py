@@ -58,9 +58,11 @@ class MetricsLog:
         self._events.flush()
 
     def has(self, step: int, name: str) -> bool:
-        """Whether a value of this name was written at this step; True where nothing is written."""
+        """Whether a value whose name begins so was written at this step; True where nothing is
+        written."""
         return not self._active or any(
-            entry["step"] == step and name in entry for entry in read_metrics(self._path))
+            entry["step"] == step and any(key.startswith(name) for key in entry)
+            for entry in read_metrics(self._path))
 
     def close(self) -> None:
         """Closes both files."""

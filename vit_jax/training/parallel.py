@@ -36,13 +36,17 @@ def check_devices(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             f"({partition.batch_shards(mesh)} devices x {config.accumulation_steps} accumulation "
             f"steps); the nearest that is: {near}."
         )
-    drawn_apart = mesh.size if config.parallelism == "pmap" else 1  # mixing draws a device's batch
-    if (config.data.mixup or config.data.cutmix) and config.batch_size == drawn_apart:
+    if (config.data.mixup or config.data.cutmix) and config.batch_size == drawn_apart(config, mesh):
         raise UserError(
             "config.data.mixup and config.data.cutmix mix an image with its neighbour, but there "
             "is only one image per batch (under pmap: per device); raise config.batch_size or set "
             "both to 0."
         )
+
+
+def drawn_apart(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+    """Parts of a batch that each draw their own random numbers and mix images among themselves."""
+    return mesh.size if config.parallelism == "pmap" else 1
 
 
 @functools.lru_cache
