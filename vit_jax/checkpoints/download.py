@@ -8,6 +8,7 @@ over.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -25,11 +26,6 @@ import requests
 from urllib3 import exceptions as urllib3_errors
 
 from vit_jax.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: every process downloads for itself
-    fcntl = None
 
 ATTEMPTS = 5  # in a row that bring nothing new
 BACKOFF = 1.0  # seconds before the second of them; doubles with each
@@ -87,7 +83,6 @@ def download(
     url: str,
     *,
     cache_dir: str | os.PathLike | None = None,
-    expected_size: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Downloads a file once; later calls find it in the cache without the network.
@@ -99,7 +94,6 @@ def download(
     Args:
       url: http(s) address; redirects are followed, to http(s) only.
       cache_dir: see `cached_path`.
-      expected_size: in bytes, where known. The size that the server gives is verified always.
       progress: show it on stderr: one line that moves on a terminal, else a line every tenth.
 
     Returns:
@@ -115,11 +109,10 @@ def download(
             target.parent.mkdir(parents=True, exist_ok=True)
             with _locked_part(target, progress) as part:
                 if not target.is_file():  # while this process waited for another
-                    _fetch(url, part, expected_size, _Progress(target.name, progress))
+                    _fetch(url, part, _Progress(target.name, progress))
                     os.replace(part, target)
                 _description_file(part).unlink(missing_ok=True)
             Path(f"{target}.lock").unlink(missing_ok=True)
-        size = target.stat().st_size
     except _Failed as error:
         raise UserError(f"{url} {error}; to provide it yourself, save it as {target}.") from None
     except OSError as error:
@@ -127,10 +120,6 @@ def download(
             f"{url} cannot be saved as {target}: {error.strerror or error}; make room, set "
             "VIT_JAX_CACHE to another directory, or put the file there by hand."
         ) from None
-    if expected_size not in (None, size):
-        raise UserError(
-            f"{target} holds {size} bytes, not {expected_size}; delete it to download {url} again."
-        )
     return target
 
 
@@ -145,7 +134,7 @@ def _locked_part(target: Path, verbose: bool) -> Iterator[Path]:
             if verbose:
                 print(f"{target.name}: waiting for the process that downloads it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except (OSError, AttributeError):  # Lustre without the option flock, for one; no fcntl
+        except OSError:  # Lustre without the option flock, for one
             part = Path(f"{target}.{uuid.uuid4().hex}.part")
             try:
                 yield part
@@ -170,13 +159,13 @@ def _resumable(part: Path) -> tuple[int, _Description | None]:
         return 0, None
 
 
-def _fetch(url, part, expected_size, progress):
+def _fetch(url, part, progress):
     """Fills `part`, in as many attempts as it takes while they bring something new."""
     start = furthest = _resumable(part)[0]
     failures = 0
     while True:
         try:
-            return _attempt(url, part, expected_size, progress)
+            return _attempt(url, part, progress)
         except (_Interrupted, requests.ConnectionError, requests.Timeout,
                 requests.exceptions.ChunkedEncodingError) as error:
             *_, cause = causes = list(_causes(error))
@@ -203,7 +192,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         error = next((cause for cause in inner if isinstance(cause, BaseException)), None)
 
 
-def _attempt(url, part, expected_size, progress):
+def _attempt(url, part, progress):
     """One request, for all of the file or for what is missing of it."""
     offset, whole = _resumable(part)
     if whole and offset == whole.size:  # killed between the last byte and the rename
@@ -219,8 +208,6 @@ def _attempt(url, part, expected_size, progress):
         _check_answer(response, part)
         if not resumed:
             offset, whole = 0, _described(response)
-        if None not in (whole.size, expected_size) and whole.size != expected_size:
-            raise _Failed(f"has {whole.size} bytes, not {expected_size}")
         missing = (whole.size or 0) - offset
         if shutil.disk_usage(part.parent).free < missing:
             raise _Failed(f"needs {missing} bytes, more than are free in {part.parent}")
@@ -235,8 +222,6 @@ def _attempt(url, part, expected_size, progress):
             os.fsync(file.fileno())
     if whole.size not in (None, offset):
         raise _Interrupted(f"{offset} bytes of {whole.size}")
-    if expected_size not in (None, offset):
-        raise _Failed(f"has {offset} bytes, not {expected_size}")
 
 
 def _check_answer(response, part):

@@ -19,13 +19,12 @@ class Record(NamedTuple):
 
 
 _OTHER_OPEN_FILES = 512  # another split's among them
-_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # which only Windows has
 
 
 def read_file(path: str) -> bytes:
     """All of a file, in four system calls where `open` takes nine: at each of them, a decoding
     thread may have to wait for the global interpreter lock. Raises OSError."""
-    file = os.open(path, _READ)
+    file = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(file).st_size
         data = os.read(file, size)
