@@ -9,8 +9,8 @@ The argument is ROW or ROW,SOURCE. ROW is MODEL-DATA-EPOCHS, one of ROWS below. 
 public, so `jft` needs a SOURCE of your own. i21k is tfds:imagenet21k, a data set with one split
 `full` that you have to prepare in ArrayRecord format yourself (TFDS has no public builder for it),
 and i1k is tfds:imagenet2012. Any other SOURCE is read with its own splits; a folder should hold
-train/ and val/. Out of memory? Set --config.accumulation_steps=8, --config.mesh.fsdp=8 or
---config.model.remat=full.
+train/ and val/. Out of memory? Set --config.accumulation_steps=8, --config.mesh.fsdp=8, or
+--config.model.remat=full with --config.model.scan_layers=true; vit_jax.plan finds what fits.
 
 Published, the accuracy on ImageNet after fine-tuning at 384, in % (Tables 5 and 6), not run here:
 

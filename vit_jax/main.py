@@ -95,8 +95,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"Out of device memory at config.batch_size={settings.batch_size}, "
             f"accumulation_steps={settings.accumulation_steps}, remat={settings.model.remat}. "
-            "Raise config.accumulation_steps, set config.model.remat=full, or lower "
-            "config.batch_size or config.eval_batch_size."
+            "Raise config.accumulation_steps, set config.model.remat=full together with "
+            "config.model.scan_layers=true, or lower config.batch_size or config.eval_batch_size."
         ) from error
 
 
