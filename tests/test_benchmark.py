@@ -181,7 +181,7 @@ def test_another_model_is_not_compared(tmp_path, monkeypatch):
     monkeypatch.setitem(PEERS, "timm", (str(script), "timm"))
     monkeypatch.setitem(
         models.BUILD, "infer", lambda config: types.SimpleNamespace(parameters=2000))
-    with pytest.raises(UserError, match="has another S/32, of 1,000 parameters, and here it has 2"):
+    with pytest.raises(UserError, match="builds a S/32 with 1,000 parameters, but ours has 2,000"):
         benchmark.main(["--what=infer", "--variants=S/32", "--batch_sizes=8", "--against=timm"])
 
 
@@ -274,13 +274,13 @@ def test_a_start_that_fails(monkeypatch):
     ([], "--what"),
     (["--what=speed"], "invalid choice: 'speed'"),
     (["--what=train", "--variants=S/17"], "--variants: .*S/17"),
-    (["--what=train", "--batch_sizes=0"], "=0 is no number of images, nor 'largest' alone"),
+    (["--what=train", "--batch_sizes=0"], "=0 is not a number of images, nor just 'largest'"),
     (["--what=train", "--batch_sizes=largest", "--against=timm"], "needs an accelerator"),
-    (["--what=train", "--batch_sizes=8,largest"], "--batch_sizes=largest is no number"),
-    (["--what=checkpoint", "--batch_sizes=largest"], "largest is no number of images."),
+    (["--what=train", "--batch_sizes=8,largest"], "--batch_sizes=largest is not a number"),
+    (["--what=checkpoint", "--batch_sizes=largest"], "largest is not a number of images."),
     (["--what=input", "--batch_sizes=8,16"], "measures one of --batch_sizes"),
-    (["--what=train", "--against=tf.data"], "tf.data does not go with --what=train; timm"),
-    (["--what=startup", "--against=timm"], "does not go with --what=startup; nothing does"),
+    (["--what=train", "--against=tf.data"], "tf.data cannot be used with --what=train, only timm"),
+    (["--what=startup", "--against=timm"], r"cannot be used with --what=startup\.$"),
     (["--what=train", "--images=x"], "--images is for --what=input"),
     (["--what=input", "--images=/nothing"], "/nothing holds no .jpg"),
     (["--what=infer", "--batch_sizes=3", *TINY], "batch_size=3 is not divisible by 8"),

@@ -38,14 +38,14 @@ def test_buckets_are_refused_wherever_files_are_named(url, monkeypatch, tmp_path
         ("--checkpoint", refusal(predict, [f"--checkpoint={url}", "photo.jpg"])),
         ("IMAGE_OR_DIR", refusal(predict, ["--checkpoint=run", "photo.jpg", url])),
     ):
-        assert message.startswith(f"{what}={url} is an address, but only the file system is read")
+        assert message.startswith(f"{what}={url} is a URL, but only paths in the file system")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_initial_checkpoint_in_a_bucket(tmp_path):
     assert refusal(train, [f"--config={tiny_file}", f"--workdir={tmp_path / 'run'}",
                            "--config.init=gs://bucket/B_16.npz"]).startswith(
-        "checkpoint=gs://bucket/B_16.npz is an address")
+        "checkpoint=gs://bucket/B_16.npz is a URL")
 
 
 def test_what_pathlib_leaves_of_an_address():

@@ -104,7 +104,7 @@ def get_config():
 
 
 @pytest.mark.parametrize("body, message", [
-    ("x = 1\n", "recipe.py: it defines no get_config() that returns a config."),
+    ("x = 1\n", "recipe.py: it does not define get_config(), which must return a config."),
     ("def get_config():\n    return base_config().modle\n", "recipe.py, line 3: AttributeError: "),
     ("def get_config():\n    1 / 0\n", "recipe.py, line 3: ZeroDivisionError: division by zero"),
     ("def get_config():\n    return deeper()\ndef deeper():\n    raise KeyError('x')\n",
@@ -119,7 +119,7 @@ def get_config():
     ("def get_config():\n    c = base_config()\n    c.optimizer = 'sgd'\n    return c\n",
      "recipe.py: config.optimizer is a section; set one of its keys: "),
     ("def get_config(variant):\n    return base_config()\n",
-     "recipe.py: get_config(variant) cannot be called with no arguments; write "
+     "recipe.py: get_config(variant) cannot be called with no arguments; use "
      "--config=recipe.py:ARGS."),
 ])
 def test_mistakes_in_a_recipe_are_located(recipe, body, message):
@@ -133,7 +133,7 @@ def test_the_line_of_a_syntax_error_is_said(recipe):
 def test_arguments_for_a_recipe_that_takes_none(recipe):
     name = recipe("def get_config():\n    return base_config()\n")
     assert refusal(load_config, f"{name}:B/16") == (
-        "recipe.py: get_config() cannot be called with the arguments 'B/16'; write "
+        "recipe.py: get_config() cannot be called with the arguments 'B/16'; use "
         "--config=recipe.py.")
 
 
@@ -225,7 +225,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, sentence", [
     ([], "error: --workdir=DIR is missing."),
     (["--mode=evaluate"], "error: --workdir=DIR is missing, or --config.init=CHECKPOINT instead"),
-    (["--workdir=run"], "error: --config=FILE.py is missing; configs/quickstart.py is a start."),
+    (["--workdir=run"], "error: --config=FILE.py is missing; try configs/quickstart.py."),
     (["--workdir=run", "--config=missing.py"], "error: There is no config file 'missing.py'"),
     (["--workdir=run", f"--config={TINY}", "--config.lr=1"], "error: Unknown config key 'lr'"),
     (["--workdir=run", f"--config={TINY}", "--config.optimizer.lr=1"],

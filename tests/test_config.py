@@ -159,7 +159,7 @@ def test_text_that_is_no_such_value(key, text, message):
     ("optimizer.learning_rate", False, "config.optimizer.learning_rate=False is not a number."),
     ("data.flip", 1, "config.data.flip=1 is not true or false."),
     ("data.flip", "true", "config.data.flip='true' is not true or false."),
-    ("data.source", 3, "config.data.source=3 is not a text."),
+    ("data.source", 3, "config.data.source=3 is not a string."),
     ("data.crop_area", 0.5, "config.data.crop_area=0.5 is not a list of 2 values."),
     ("data.crop_area", (0.5,), "config.data.crop_area=(0.5,) must have 2 entries."),
     ("data.image_size", (8, 8.5), "config.data.image_size=8.5 is not an integer or 2 of them."),
@@ -264,10 +264,11 @@ def test_a_recipe_may_replace_a_section():
     (dict(epochs=3), "Give one of config.total_steps and config.epochs; both are set."),
     (dict(batch_size=10, accumulation_steps=4),
      "config.batch_size=10 is not divisible by config.accumulation_steps=4."),
-    (dict(task="masked_patches", loss__name="sigmoid"), "config.loss.name=sigmoid is for classes"),
+    (dict(task="masked_patches", loss__name="sigmoid"),
+     "config.loss.name=sigmoid only applies to classification"),
     (dict(task="masked_patches", model__representation_size=8),
-     "config.model.representation_size=8 is for classes, which config.task='masked_patches' has "
-     "not; leave it at None."),
+     "config.model.representation_size=8 only applies to classification, not to "
+     "config.task='masked_patches'; leave it at None."),
     (dict(optimizer__name="adam", optimizer__weight_decay=0.1), "config.optimizer.name='adam' has"),
     (dict(total_steps=None, epochs=0), "config.epochs=0 would train nothing"),
     (dict(optimizer__clip_norm=0), "config.optimizer.clip_norm=0 would"),

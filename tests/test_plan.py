@@ -166,12 +166,12 @@ def test_a_plan_that_does_not_fit(capsys):
 
 
 @pytest.mark.parametrize("total, changes, said", [
-    (1, {}, "It fits, and with no less"),
-    (1, dict(mesh__fsdp=4), "It fits. Less would do: --config.mesh.fsdp=4 takes 2.0 GiB."),
+    (1, {}, "It fits, with as little"),
+    (1, dict(mesh__fsdp=4), "It fits. So would --config.mesh.fsdp=4 (2.0 GiB), the first"),
     (999, dict(mesh__fsdp=4, model__scan_layers=True, model__remat="full"),
      "The smallest change that fits (2.0 GiB): --config.mesh.fsdp=4 "
      "--config.model.remat=full --config.model.scan_layers=true"),
-    (999, None, "Nothing fits 8 x h200"),
+    (999, None, "No combination of fsdp, remat and accumulation_steps fits 8 x h200"),
 ])
 def test_suggestion(total, changes, said):
     class Found:

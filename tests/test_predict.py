@@ -194,7 +194,7 @@ def test_as_a_command(workdir, photos):
         run.stdout.rstrip("\n").split(",") for run in (bad, good))
     assert bad_row == good_row
     assert float(bad_share) == pytest.approx(float(good_share), abs=1e-5)  # other batch sizes
-    assert "notes.txt cannot be read: it is no JPEG, PNG" in bad.stderr
+    assert "notes.txt cannot be read: it is not a JPEG, PNG" in bad.stderr
     assert bad.stderr.endswith("error: 1 of 2 images could not be read.\n")
     assert "Traceback" not in bad.stderr
 
@@ -272,7 +272,8 @@ def test_a_convolutional_baseline(tmp_path, photos, capsys):
     (["{photos}"], "--checkpoint"),
     (["--checkpoint={run}"], "IMAGE_OR_DIR"),
     (["--checkpoint={tmp}/no", "{photos}"], "no does not exist"),
-    (["--checkpoint={run}", "{tmp}/empty"], "There are no images in {tmp}/empty; files that end"),
+    (["--checkpoint={run}", "{tmp}/empty"],
+     "There are no images in {tmp}/empty, that is, no files"),
     (["--checkpoint={run}", "{photos}", "--top=0"], "--top=0 must be at least 1."),
     (["--checkpoint={run}", "{photos}", "--batch_size=-1"], "--batch_size=-1 must be at least 1."),
     (["--checkpoint={run}", "{photos}", "--image_size=big"], "--image_size=big is neither"),

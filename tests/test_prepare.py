@@ -120,7 +120,7 @@ def test_a_folder(photos, tmp_path, capsys):
     out = capsys.readouterr().out
     lines = (folder / "bad_files.txt").read_text("utf-8").splitlines()
     assert {line.split("\t")[0] for line in lines} == bad and len(lines) == 3
-    assert "Left out    3 files that are no usable images" in out
+    assert "Left out    3 unusable image files" in out
     assert "  Übel/empty.jpg: the file is empty" in out
     counts = np.bincount(ours[0].labels())
     names = ours[0].class_names
@@ -164,8 +164,8 @@ def test_what_is_left_out_is_named(photos, tmp_path, capsys):
     for number in range(12):
         (photos / f"{number}.zip").write_bytes(b"")
     prepare(photos, tmp_path / "out")
-    assert re.search(r"\nLeft out, being no folders of classes: 0.zip, 1.zip, 10.zip, .*, 7.zip, "
-                     r"and 2 more\.\n", capsys.readouterr().out)
+    assert re.search(r"\nIgnored, since they are not folders of classes: 0.zip, 1.zip, 10.zip, .*, "
+                     r"7.zip, and 2 more\.\n", capsys.readouterr().out)
 
 
 def test_imagenet(tmp_path, capsys):
@@ -298,8 +298,8 @@ def test_stopped(many, tmp_path, number, code):
     process.send_signal(number)
     _, stderr = process.communicate()
     assert process.returncode == code
-    assert stderr == (f"Stopped by {number.name}; complete files are kept, and the same command "
-                      "continues.\n")
+    assert stderr == (f"Stopped by {number.name}; complete files are kept. Run the same command to "
+                      "continue.\n")
     folder = tmp_path / "many" / "1.0.0"
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     assert 2 <= len(finished(tmp_path)) < 60
@@ -341,8 +341,8 @@ def test_a_full_disk(photos, tmp_path):
         message = refusal(f"--from={photos}", f"--out={tmp_path / 'out'}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.search(r"array_record-00000-of-00001 cannot be written \(.*File too large\); see to "
-                     r"it and run the command again: what is complete is kept\.", message)
+    assert re.search(r"array_record-00000-of-00001 cannot be written \(.*File too large\); fix "
+                     r"this and run the command again: completed files are kept\.", message)
     assert not list((tmp_path / "out").rglob(".*"))
     prepare(photos, tmp_path / "out")
     assert len(both("photos", tmp_path / "out")[0]) > 29
@@ -369,8 +369,9 @@ def test_mistakes(photos, tmp_path):
         assert f"--name={name!r} must begin with a letter" in refusal(
             f"--from={photos}", out, f"--name={name}")
     photos.rename(tmp_path / "写真")
-    assert "suggests no name for the data set; choose one with --name=NAME." in refusal(
-        f"--from={tmp_path / '写真'}", out)
+    assert refusal(f"--from={tmp_path / '写真'}", out) == (
+        f"No name for the data set can be derived from {tmp_path / '写真'}; choose one with "
+        "--name=NAME.")
     for inside in (tmp_path / "写真", tmp_path / "写真" / "new"):
         assert "is inside --from=" in refusal(
             f"--from={tmp_path / '写真'}", f"--out={inside}", "--name=pets")

@@ -107,7 +107,7 @@ def test_a_file_and_a_folder_with_a_broken_image(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--data=digits"], "--checkpoint"),
     (["--checkpoint={run}"], "--data"),
-    (["--checkpoint={run}", "--data=digts"], "--data='digts' is no data source"),
+    (["--checkpoint={run}", "--data=digts"], "--data='digts' is not a data source"),
     (["--checkpoint={run}", "--data=tfds:cifar10", "--data_dir={run}/no"],
      "--data_dir, {run}/no, does not exist"),
     (["--checkpoint={run}", "--data=digits", "--eval_split=val"], "no split 'val'"),

@@ -53,7 +53,7 @@ def test_two_processes_stopped_and_killed_end_with_the_same_bits(tmp_path):
     said = {err.splitlines()[-1] for _, _, err in ends}
     saved = Checkpoints(workdir / "checkpoints", writable=False).last_step
     assert said == {
-        f"Stopped by SIGTERM after step {saved}, which is saved; the same command continues."}
+        f"Stopped by SIGTERM after step {saved}, which is saved; run the same command to continue."}
 
     processes = start(2, *command, devices=1)
     wait_for_step(workdir, rng.randrange(13, 20), processes)
@@ -121,7 +121,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     begin = time.monotonic()
     code, _, err = finish(processes, timeout=120)[0]
     assert code not in (0, 75)
-    assert "another process ended" in err or "another task died" in err, err
+    assert "another process exited" in err or "another task died" in err, err
     assert "Traceback" not in err
     assert time.monotonic() - begin < 100  # the heartbeat's minute, and some
 
@@ -138,5 +138,5 @@ def test_processes_that_disagree(tmp_path):
     assert [code for code, _, _ in ends] == [1, 1], ends
     for _, _, err in ends:
         assert "Traceback" not in err
-    assert "seed" in ends[1][2] or "another config than process 0" in ends[1][2], ends[1][2]
+    assert "seed" in ends[1][2] or "process 0 differ in the config" in ends[1][2], ends[1][2]
     assert not list(workdir.glob("checkpoints/[0-9]*"))

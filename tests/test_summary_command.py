@@ -57,7 +57,7 @@ def test_checkpoints(checkpoint, capsys):
     (["B/16", "--image_size=x"], "--image_size=x is neither"),
     (["B/16", "--depth=0"], "--depth=0 must be at least 1."),
     (["B/16", "--num_classes=-1"], "--num_classes=-1 must be at least 0."),
-    (["B/16", "--config.batch_size=3"], "--config.batch_size does not change the model here"),
+    (["B/16", "--config.batch_size=3"], "--config.batch_size has no effect here; only"),
     (["B/16", "--config.model.patch_sise=3"], "did you mean 'model.patch_size'?"),
     (["R50x1", "--config.model.num_heads=3"], "has no option 'num_heads'"),
     (["{file}", "--config.model.num_heads=3"], "--config.model.num_heads has no effect on a check"),

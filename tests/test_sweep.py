@@ -74,7 +74,7 @@ def test_what_is_finished_is_left_out(swept, capsys):
     config, workdir, _ = swept
     files = {path: path.stat().st_mtime_ns for path in workdir.glob("*/metrics.jsonl")}
     output = output_of(capsys, config, f"--workdir={workdir}", "--shard=1/2")
-    assert output.count("was finished before, eval/accuracy 0.") == 1
+    assert output.count("already finished, eval/accuracy 0.") == 1
     assert "[1/1] late-0.2" in output and "] bad" not in output
     assert files == {path: path.stat().st_mtime_ns for path in workdir.glob("*/metrics.jsonl")}
 
@@ -83,7 +83,7 @@ def test_what_another_process_is_running_is_left_to_it(swept, capsys):
     config, workdir, _ = swept
     with locked(workdir / "bad-1e+30-seed0" / ".lock"):
         output = output_of(capsys, config, f"--workdir={workdir}", "--shard=0/2")
-    assert "1 runs are being run by other processes: bad-1e+30-seed0" in output
+    assert "1 runs are in progress in other processes: bad-1e+30-seed0" in output
 
 
 def test_report_alone(swept, capsys):
@@ -134,7 +134,7 @@ def test_interrupted_and_continued(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
-    assert err.strip() == "Stopped by SIGTERM; the same command continues."
+    assert err.strip() == "Stopped by SIGTERM; run the same command to continue."
     assert not (workdir / "a-0.01-seed0").exists()
     stopped = int((first / "log.txt").read_text().split("SIGTERM after step ")[1].split(",")[0])
     assert 20 <= stopped < 400
@@ -180,7 +180,7 @@ def test_a_run_keeps_its_workdir_when_its_sweep_is_killed(tmp_path):
     (["--config=configs/ablations/position.py:cpu"], "--workdir= is missing"),
     (["--config=x", "--workdir=y", "--seeds=0"], "--seeds=0 must be at least 1"),
     (["--config=x", "--workdir=y", "--shard=2/2"], "--shard=2/2 is not I/N"),
-    (["--config=configs/quickstart.py", "--workdir=y"], "defines no get_sweep"),
+    (["--config=configs/quickstart.py", "--workdir=y"], "does not define get_sweep"),
     (["--config=configs/ablations/position.py:cpu", "--workdir=setup.py/x"], "cannot be written"),
 ])
 def test_wrong_arguments(arguments, message, monkeypatch):

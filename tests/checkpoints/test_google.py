@@ -192,7 +192,7 @@ def test_rectangles(tmp_path):
     params = random_params(model, 28, 12)
     for slot in (True, False):
         path = google_npz(tmp_path / "a.npz", params, slot=slot)
-        with pytest.raises(UserError, match=r"position embeddings are no square grid; load_"):
+        with pytest.raises(UserError, match="position embeddings do not form a square grid; pass"):
             vit_jax.load_model(path)
         loaded = vit_jax.load_model(path, image_size=(28, 12))
         assert loaded.report.assumptions[0] == (
@@ -207,7 +207,8 @@ def test_a_rectangle_of_as_many_tokens_as_a_square_without_a_slot(tmp_path):
     """2 x 4 patches and a class token are 9, as 3 x 3 patches alone in big_vision's files."""
     params = random_params(tiny(), 8, 16)
     path = google_npz(tmp_path / "a.npz", params)
-    with pytest.raises(UserError, match="its 8 position embeddings are no square grid; load_"):
+    with pytest.raises(
+            UserError, match="its 8 position embeddings do not form a square grid; pass"):
         vit_jax.load_model(path)
     for options in (dict(image_size=(8, 16)), dict(trained_size=(8, 16))):
         assert_same(vit_jax.load_model(path, **options).params, params)
@@ -242,7 +243,7 @@ def test_missing_and_surplus_name_the_nearest(tmp_path, params):
     text = refusal(tmp_path / "a.npz")
     assert ("missing Transformer/encoderblock_0/LayerNorm_0/scale [16], nearest: "
             "Transformer/encoderblock_0/LayerNorm_O/scale") in text
-    assert "left over Transformer/encoderblock_0/LayerNorm_O/scale [16], nearest: " in text
+    assert "unexpected Transformer/encoderblock_0/LayerNorm_O/scale [16], nearest: " in text
 
 
 @pytest.mark.parametrize("change, message", [
@@ -253,14 +254,18 @@ def test_missing_and_surplus_name_the_nearest(tmp_path, params):
     (lambda t: {"txt/embedding/kernel": np.ones((8, 4), np.float32)}, "does not exist"),
     (lambda t: t | {"embedding/kernel": np.ones((8, 4), np.float32)}, "embedding/kernel is [8, 4]"),
     (lambda t: t | {"embedding/kernel": np.float32(1)}, "embedding/kernel is []"),
-    (lambda t: t | {"cls": np.ones((1, 1, 3), np.float32)}, "cls is [1, 1, 3], wanted [1, 1, 16]"),
+    (lambda t: t | {"cls": np.ones((1, 1, 3), np.float32)},
+     "cls has shape [1, 1, 3], expected [1, 1, 16]"),
     (lambda t: t | {"pos_embedding": t[POSITIONS]}, "are both"),
-    (lambda t: t | {POSITIONS: np.ones(3, np.float32)}, "no Vision Transformer"),
-    (lambda t: t | {"head/kernel": np.float32(1)}, "no Vision Transformer"),
-    (lambda t: t | {"Transformer/encoderblock/x": np.float32(1)}, "no Vision Transformer"),
-    (lambda t: t | {"MAPHead_0/probe": np.ones((1, 1, 16), np.float32)}, "left over MAPHead_0/pro"),
+    (lambda t: t | {POSITIONS: np.ones(3, np.float32)}, "not a supported Vision Transformer"),
+    (lambda t: t | {"head/kernel": np.float32(1)}, "not a supported Vision Transformer"),
+    (lambda t: t | {"Transformer/encoderblock/x": np.float32(1)},
+     "not a supported Vision Transformer"),
+    (lambda t: t | {"MAPHead_0/probe": np.ones((1, 1, 16), np.float32)},
+     "unexpected MAPHead_0/pro"),
     (lambda t: {"stem/kernel": t["embedding/kernel"]}, "its tensors are called stem/kernel, ..."),
-    (lambda t: {"bert/word_embeddings": np.ones((4, 4), np.float32)}, "no Vision Transformer that"),
+    (lambda t: {"bert/word_embeddings": np.ones((4, 4), np.float32)},
+     "does not contain a supported Vision Transformer;"),
 ], ids=range(13))
 def test_files_that_are_something_else(tmp_path, params, change, message):
     np.savez(tmp_path / "a.npz", **change(flat(params)))

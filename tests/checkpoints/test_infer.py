@@ -103,7 +103,7 @@ def test_no_position_embedding(tmp_path):
     loaded = vit_jax.load_model(save(tmp_path / "a", module), num_heads=2, image_size=8)
     assert_equal_output(loaded, module)
     assert "position_embedding='none', as the file has no table" in loaded.report.assumptions[0]
-    assert "timm's rotary one, which is not known here" in loaded.report.assumptions[0]
+    assert "timm's rotary one, which is not supported here" in loaded.report.assumptions[0]
 
 
 def test_timms_older_config(tmp_path):

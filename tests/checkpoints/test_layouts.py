@@ -420,8 +420,9 @@ def test_other_networks(tmp_path):
         "beit": timm.create_model("beit_base_patch16_224", num_classes=3, depth=1),
         "distilled": timm.create_model("deit_tiny_distilled_patch16_224", depth=1),
     }
-    messages = {"resnet": "holds no Vision Transformer", "swin": "no Transformer blocks",
-                "beit": "fc_norm", "distilled": "left over dist_token"}
+    messages = {"resnet": "does not contain a supported Vision Transformer",
+                "swin": "no Transformer blocks", "beit": "fc_norm",
+                "distilled": "unexpected dist_token"}
     for name, module in others.items():
         torch.save(module.state_dict(), tmp_path / f"{name}.pth")
         with pytest.raises(UserError) as error:
@@ -437,7 +438,7 @@ def test_missing_and_surplus(tmp_path):
         vit_jax.load_model(tmp_path / "a.pth", num_heads=2)
     assert ("missing blocks.1.attn.qkv.weight, nearest: blocks.1.attn.qkw.weight\n"
             in str(error.value))
-    assert "left over blocks.1.attn.qkw.weight [48, 16], nearest: " in str(error.value)
+    assert "unexpected blocks.1.attn.qkw.weight [48, 16], nearest: " in str(error.value)
     state = tiny_timm().state_dict()
     torch.save(state | {"blocks.0.0.norm1.bias": state["blocks.0.norm1.bias"]}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="holds some tensors twice"):

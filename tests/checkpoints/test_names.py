@@ -206,7 +206,7 @@ def test_the_index_is_downloaded_once(mirror, tmp_path, monkeypatch):
     first = resolve("augreg:B/16", cache_dir=tmp_path / "elsewhere", progress=False)
     (tmp_path / "mirror/augreg/index.csv").unlink()
     assert resolve("augreg:B/16", cache_dir=tmp_path / "elsewhere", progress=False) == first
-    with pytest.raises(UserError, match="index.csv does not exist .* put it at"):
+    with pytest.raises(UserError, match="index.csv does not exist .* save it as"):
         resolve("augreg:B/16", progress=False)
 
 

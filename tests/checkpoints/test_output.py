@@ -18,7 +18,7 @@ def test_only_an_earlier_npz_is_replaced(tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("thesis")
     message = refusal(notes, "npz", True)
-    assert "no earlier export" in message and "notes.txt.conversion_report.json" in message
+    assert "is not an earlier export" in message and "notes.txt.conversion_report.json" in message
     assert "choose another --out" in message
     assert "replace it with --overwrite" in refusal(notes, "npz", False)
     (tmp_path / "notes.txt.conversion_report.json").write_text("{}")
@@ -59,10 +59,10 @@ def test_an_earlier_export_survives_a_new_one_that_fails(tmp_path, monkeypatch):
 
 
 def test_a_directory_whose_name_is_too_long(tmp_path):
-    assert "is no directory" in refusal(tmp_path / ("x" * 300) / "out", "timm", False)
+    assert "is not a directory" in refusal(tmp_path / ("x" * 300) / "out", "timm", False)
 
 
 def test_a_long_name_of_something_else(tmp_path):
     other = tmp_path / ("x" * 250)
     other.write_text("thesis")
-    assert "no earlier export" in refusal(other, "npz", True)
+    assert "is not an earlier export" in refusal(other, "npz", True)

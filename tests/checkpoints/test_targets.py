@@ -67,7 +67,7 @@ def test_timm_is_told_what_shapes_do_not_tell(tmp_path, variant, size, heads):
     ("torchvision", dict(classifier="gap"), "no class token"),
     ("hf", dict(register_tokens=2), "register tokens"),
     ("torchvision", dict(layer_scale=0.1), "LayerScale"),
-    ("torchvision", {}, "exact GELU only"),
+    ("torchvision", {}, "supports only the exact GELU"),
     ("torchvision", dict(size=(32, 48), activation="gelu"), "square images"),
     ("hf", dict(variant="R+Ti/16", size=(32, 32), num_layers=1), "hybrid"),
     ("torchvision", dict(variant="R+Ti/16", size=(32, 32), num_layers=1), "hybrid"),

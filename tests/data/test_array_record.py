@@ -72,7 +72,7 @@ def test_files_that_cannot_be_read(paths, tmp_path):
         "again.")
     assert "none cannot be read (No such file or directory); copy" in refusal(
         tmp_path / "none", 40, 0)
-    assert "cut cannot be read (it is no whole ArrayRecord file); copy" in refusal(
+    assert "cut cannot be read (it is not a complete ArrayRecord file); copy" in refusal(
         tmp_path / "cut", 40, 0)
     records = Records([(str(tmp_path / "damaged"), 0, 40)])
     assert records.read(0, 1) == Records([(paths[2], 0, 40)]).read(0, 1)

@@ -270,7 +270,7 @@ def test_bad_arrays(pixels, complaint):
     encode(photo(), "TIFF"), encode(photo(), "PPM"), encode(photo().convert("F"), "TIFF"),
 ])
 def test_not_an_image(data):
-    assert refusal(data) == "it is no JPEG, PNG, WEBP, BMP or GIF file"
+    assert refusal(data) == "it is not a JPEG, PNG, WEBP, BMP or GIF file"
 
 
 def test_empty():

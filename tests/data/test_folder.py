@@ -191,7 +191,7 @@ def test_pickles(tmp_path):
 def test_missing_or_not_a_folder(tmp_path):
     assert refusal(tmp_path / "nowhere").startswith(f"folder:{tmp_path}/nowhere does not exist; ")
     put(tmp_path / "file.jpg")
-    assert "file.jpg is no folder; " in refusal(tmp_path / "file.jpg")
+    assert "file.jpg is not a folder; " in refusal(tmp_path / "file.jpg")
     assert refusal("") == "config.data.source='folder:' needs a path: folder:PATH."
 
 
@@ -275,7 +275,7 @@ def test_split_folders_are_not_taken_for_classes(tmp_path):
 
 def test_too_few_images_to_hold_any_out(tmp_path):
     fill(tmp_path, cat=1, dog=1)
-    assert "no class has a second image to evaluate on" in refusal(tmp_path)
+    assert "no class has a second image that could be held out for evaluation" in refusal(tmp_path)
 
 
 def test_unreadable_folder(tmp_path, monkeypatch):

@@ -234,7 +234,7 @@ def test_not_prepared(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", "a b", "../pets", "pets:latest", "pets/", "a/b/c"])
 def test_no_name_of_a_data_set(tmp_path, name):
-    assert "names no data set; write tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:1.2.3" in (
+    assert "does not name a data set; use tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:1.2.3" in (
         refusal(f"tfds:{name}", tmp_path))
 
 
@@ -385,5 +385,5 @@ print(len([split[index] for index in range(len(split))]))
             [sys.executable, "-c", code, str(hard)], text=True, capture_output=True)
 
     assert run(200).stdout == "100\n"
-    assert "split 'train' needs 100 open files at once, but only 90 may be; raise the limit" in (
-        run(90).stderr)
+    assert ("split 'train' needs 100 open files at once, but only 90 are allowed; raise the limit"
+            in run(90).stderr)

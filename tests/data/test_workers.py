@@ -172,7 +172,7 @@ def test_a_bad_image_stops_the_run_and_is_named(config):
 
 @pytest.mark.parametrize("error, raised, message", [
     (UserError("the disk is gone; look for it."), UserError, "^the disk is gone; look for it.$"),
-    (KeyError("label"), RuntimeError, "(?s)in a process that decodes.*__getitem__.*KeyError"),
+    (KeyError("label"), RuntimeError, "(?s)in a decoding process.*__getitem__.*KeyError"),
 ])
 def test_errors_arrive(config, error, raised, message):
     with pytest.raises(raised, match=message):
@@ -180,7 +180,7 @@ def test_errors_arrive(config, error, raised, message):
 
 
 def test_a_process_that_is_ended(config):
-    with pytest.raises(UserError, match="has ended; most likely .* memory.*worker_kind=thread"):
+    with pytest.raises(UserError, match="has died; most likely .* memory.*worker_kind=thread"):
         take(validate(config), Lethal(10), 2)
     assert take(validate(config), Numbered(10), 1)  # others can be started
 
@@ -188,7 +188,7 @@ def test_a_process_that_is_ended(config):
 def test_a_helper_that_cannot_start(config, monkeypatch, capfd):
     monkeypatch.setattr(workers, "_current", None)
     monkeypatch.setattr(workers, "_HELPER", "raise SystemExit('no room: {}')")
-    with pytest.raises(UserError, match="starts others .* exit code 1; .*worker_kind=thread"):
+    with pytest.raises(UserError, match="starts the .* exited with code 1; .*worker_kind=thread"):
         take(validate(config), Numbered(10), 1)
     assert "no room" in capfd.readouterr().err
 
@@ -220,7 +220,7 @@ def test_a_source_that_cannot_be_given_away(config):
     class Local(Numbered):
         pass
 
-    with pytest.raises(UserError, match="cannot be given.*Can't pickle.*worker_kind=thread"):
+    with pytest.raises(UserError, match="cannot be sent.*Can't pickle.*worker_kind=thread"):
         take(validate(config), Local(10), 1)
 
 
@@ -229,7 +229,7 @@ def test_a_source_that_only_this_process_has(config):
     module = sys.modules[__name__]
     module.Here = type("Here", (Numbered,), {"__module__": __name__})
     try:
-        with pytest.raises(UserError, match="cannot be given.*'Here'.*worker_kind=thread"):
+        with pytest.raises(UserError, match="cannot be sent.*'Here'.*worker_kind=thread"):
             take(validate(config), module.Here(10), 1)
     finally:
         del module.Here
@@ -287,8 +287,8 @@ def test_more_processes_than_files_may_be_open(config, monkeypatch):
         assert take(validate(config), Numbered(50), 1)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard))
         monkeypatch.setattr(workers, "allow_open_files", lambda *_: None)
-        with pytest.raises(UserError, match="40 processes .* cannot be started .Too many open files"
-                           ".; take fewer"):
+        with pytest.raises(UserError, match="40 decoding processes cannot be started .Too many "
+                           "open files.; use fewer"):
             take(validate(config), Numbered(50), 1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

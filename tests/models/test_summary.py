@@ -145,7 +145,7 @@ head                               1 x 1000                  769,000       1.54 
 ---------------------------------------------------------------------------------
 Parameters: 86,567,656
 FLOPs for one image of 224x224: 35,127,656,448 (17.56 G multiply-adds)
-Of these are computed: 32,696,930,304, since of the last block only the class token is read"""
+Actually computed: 32,696,930,304, since only the class token of the last block is read"""
     )
 
 

@@ -84,7 +84,8 @@ def test_settings_survive_the_command_line():
 
 
 def test_a_recipe_is_no_sweep():
-    with pytest.raises(UserError, match=r"tiny.py: it defines no get_sweep\(\) that returns"):
+    with pytest.raises(
+            UserError, match=r"tiny.py: it does not define get_sweep\(\), which must return"):
         grid.load(str(TESTS / "tiny.py"), {}, 1)
 
 
@@ -132,7 +133,7 @@ def test_scaling_keeps_heads_as_wide_and_features_wider():
 
 @pytest.mark.parametrize("argument, message", [
     ("data_size.py:small", "takes 'full' or 'cpu', not 'small'"),
-    ("few_labels.py:cpu", "say which size and the workdir"),
+    ("few_labels.py:cpu", "name the size and the workdir"),
     ("position.py:B/99", "unknown row 'B/99'"),
 ])
 def test_unknown_sizes_of_ablations(argument, message):

@@ -92,7 +92,7 @@ def test_a_single_image_has_none_to_be_mixed_with(parallelism, batch):
     mesh = (1, 1, 8) if parallelism == "jit" else (-1, 1, 1)
     for mixing in ({"data__mixup": 0.1}, {"data__cutmix": 1.0}):
         config = configure(mesh, batch_size=batch, parallelism=parallelism, **mixing)
-        with pytest.raises(UserError, match="one image in a batch .*; raise config.batch_size"):
+        with pytest.raises(UserError, match="one image per batch .*; raise config.batch_size"):
             parallel.check_devices(config, partition.make_mesh(config))
         config.batch_size = 2 * batch
         parallel.check_devices(config, partition.make_mesh(config))

@@ -51,7 +51,7 @@ def test_the_digest_tells_other_data(tmp_path):
 
 def test_split_names_that_tfds_cannot_have(tmp_path):
     fill(tmp_path, 2, ("train", "val", "my split"))
-    with pytest.raises(UserError, match="cannot have a split called 'my split'"):
+    with pytest.raises(UserError, match="TFDS does not allow a split called 'my split'"):
         FolderInput(str(tmp_path))
     (tmp_path / "my split").rename(tmp_path / "all")
     with pytest.raises(UserError, match="'all'"):

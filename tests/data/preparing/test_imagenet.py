@@ -59,5 +59,5 @@ def test_archives_that_do_not_fit(tmp_path):
         open_imagenet(str(tmp_path))
     for damaged in (b"garbage", (tmp_path / DEVKIT).read_bytes()[:200], tar({"a": b"b"})):
         (tmp_path / DEVKIT).write_bytes(damaged)
-        with pytest.raises(UserError, match="is damaged or no development kit"):
+        with pytest.raises(UserError, match="is damaged or not a development kit"):
             open_imagenet(str(tmp_path))

@@ -106,7 +106,7 @@ def test_bad_images_are_left_out(preparation):
     write(preparation, file)
     tally = preparation.done(file)
     assert tally.images == 1
-    assert tally.bad == [(first, "it is no JPEG, PNG, WEBP, BMP or GIF file")]
+    assert tally.bad == [(first, "it is not a JPEG, PNG, WEBP, BMP or GIF file")]
 
 
 def test_a_split_without_images_is_refused(preparation):

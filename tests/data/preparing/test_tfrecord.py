@@ -81,10 +81,10 @@ def test_damaged_files(tmp_path):
 
 def test_what_is_not_a_labelled_tfrecord_data_set(tmp_path):
     folder = write_tfrecord(tmp_path / "a", file_format="array_record")
-    assert "array_record form already; train on it with config.data.source=tfds:pets " in (
+    assert "already in array_record format; train on it with config.data.source=tfds:pets " in (
         refusal(folder))
     folder = write_tfrecord(tmp_path / "b", file_format="parquet")
-    assert "parquet form already; only tfrecord can be read here" in refusal(folder)
+    assert "already in parquet format; only tfrecord can be converted" in refusal(folder)
     folder = write_tfrecord(tmp_path / "c")
     info = json.loads((folder / "dataset_info.json").read_text())
     for damaged in ("{", json.dumps(info | {"splits": 3})):
