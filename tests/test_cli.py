@@ -212,6 +212,20 @@ def test_a_reader_that_has_had_enough():
     process.stderr.close()
 
 
+@pytest.mark.parametrize("raised, expected", [
+    ("cli.Stopped(signal.SIGTERM, 3)", 75), ("KeyboardInterrupt()", 130), ("cli.UserError('x')", 1),
+])
+def test_the_exit_code_stays_where_nobody_reads_it_any_more(raised, expected):
+    """As with `2>&1 | tee log`, where Ctrl-C ends tee too."""
+    code = ("import signal; from vit_jax import cli\ndef command(arguments):\n"
+            f"    input(); raise {raised}\ncli.run_command(command)")
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    process.communicate(b"\n")
+    assert process.returncode == expected
+
+
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(SystemExit) as end:

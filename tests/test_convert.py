@@ -148,7 +148,7 @@ export._write_directory = write_wrongly
 """
     done = command(f"--from={workdir}", "--to=timm", f"--out={tmp_path / 'out'}", before=before)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: The export does not compute what the model does")
+    assert done.stderr.startswith("error: The exported model does not reproduce the original")
     assert "Traceback" not in done.stderr and "\n  FAIL " in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
 

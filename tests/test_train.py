@@ -344,7 +344,7 @@ def test_what_is_said_of_a_run_that_is_cut_between_evaluations(tmp_path, capsys,
     accuracy = {e["step"]: e["eval/accuracy"] for e in read_metrics(
         tmp_path / "run" / "metrics.jsonl") if "eval/accuracy" in e}
     assert list(accuracy) == [2, 3]
-    said = f"accuracy {accuracy[3]:.4f}, of the best checkpoint {accuracy[2]:.4f}."
+    said = f"accuracy {accuracy[3]:.4f} (best checkpoint: {accuracy[2]:.4f})."
     assert f"Finished 3 steps; {said}" in capsys.readouterr().out
 
 

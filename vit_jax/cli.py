@@ -52,8 +52,7 @@ def run_command(command: Callable[[list[str]], None]) -> None:
     except UserError as error:
         _fail(f"error: {error}", 1)
     except Stopped as stop:  # all processes of a run come here together
-        sys.stdout.flush()
-        print(stop, file=sys.stderr)
+        _print_last(stop)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
@@ -67,9 +66,19 @@ def run_command(command: Callable[[list[str]], None]) -> None:
     sys.stdout.flush()
 
 
+def _print_last(message):
+    """Prints on stderr, after all of stdout. The exit code matters more than whether somebody still
+    reads: a `tee` may have been stopped by the same Ctrl-C."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _fail(message, code):
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    _print_last(message)
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         # The normal way out waits minutes for the other processes, which wait for this one.
         if sys.modules["jax"].process_index() == 0:

@@ -21,7 +21,7 @@ from vit_jax.data.sources import Source, open_eval
 from vit_jax.errors import UserError
 from vit_jax.models.masked import MaskedPatchModel
 from vit_jax.per_image import make_per_image
-from vit_jax.training import masked_patches, partition
+from vit_jax.training import distributed, masked_patches, partition
 from vit_jax.training.state import group_blocks
 from vit_jax.training.step import Pixels, make_eval_step
 
@@ -171,8 +171,8 @@ def evaluate_checkpoint(
     print(contents.report)
     print(f"On {source.name}, {config.data.eval_crop} to {size[0]}x{size[1]}:")
     print(evaluation)
-    if bad_images.count:
-        print(f"{bad_images.count} images could not be decoded and were skipped.")
+    if skipped := distributed.distinct(bad_images.origins):
+        print(f"{skipped} images could not be decoded and were skipped.")
     return evaluation
 
 

@@ -27,8 +27,8 @@ class Unreadable(BadImages):
         if isinstance(reason, OSError):
             reason = reason.strerror or reason
         with self._lock:
-            new = origin not in self._origins
-            self._origins.add(origin)
+            new = origin not in self.origins
+            self.origins.add(origin)
         if new:
             print(f"{origin} cannot be read: {reason}", file=sys.stderr, flush=True)
 

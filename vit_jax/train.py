@@ -243,13 +243,13 @@ def _train(config, workdir, stop, held):
         checkpoints.close()
 
     # The report.
-    if skipped := distributed.total(bad_images.count):
+    if skipped := distributed.distinct(bad_images.origins):
         print(f"{skipped} images could not be decoded and were skipped.")
     if distributed.is_main():
         from vit_jax.report import write_report  # matplotlib takes half a second of a start
 
         folder = write_report(workdir, evaluation, classes, train_source.labels())
-        of_best = f", of the best checkpoint {best:.4f}" if best >= 0 else ""
+        of_best = f" (best checkpoint: {best:.4f})" if best >= 0 else ""
         print(f"Finished {total_steps} steps; accuracy {evaluation.accuracy:.4f}{of_best}. "
               f"Figures are in {folder}, checkpoints and metrics beside it.")
     print(evaluation.final_line(), flush=True)

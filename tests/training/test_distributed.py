@@ -1,6 +1,11 @@
-"""How processes find each other: what `jax.distributed.initialize` is called with."""
+"""How processes find each other: what `jax.distributed.initialize` is called with; and counting."""
 
+import threading
+
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from vit_jax.errors import UserError
 from vit_jax.training import distributed
@@ -122,3 +127,29 @@ def test_no_connection(monkeypatch, initialized):
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     with pytest.raises(UserError, match="through a:1: DEADLINE_EXCEEDED: barrier. Check"):
         distributed.start(coordinator="a:1", num_processes=2, process_id=1)
+
+
+@pytest.mark.parametrize("names", [
+    [{"a.png", "b.png"}, {"b.png", "c.png", "\udcff.png"}, set()], [set(), set()], [{"a"}, {"a"}],
+], ids=["three", "none", "the same"])
+def test_names_that_several_processes_have_count_once(monkeypatch, names):
+    """Threads in place of processes."""
+    sent, found = {}, []
+    barrier = threading.Barrier(len(names))
+
+    def allgather(array):
+        sent[threading.current_thread().name] = array
+        barrier.wait()
+        everyone = np.stack([sent[str(i)] for i in range(len(names))])
+        barrier.wait()
+        return everyone
+
+    monkeypatch.setattr(jax, "process_count", lambda: len(names))
+    monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
+    threads = [threading.Thread(target=lambda own=own: found.append(distributed.distinct(own)),
+                                name=str(i)) for i, own in enumerate(names)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [len(set.union(*names))] * len(names)

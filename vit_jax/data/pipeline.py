@@ -32,13 +32,13 @@ class BadImages:
     def __init__(self, policy: str):
         self.policy = policy
         self.last = ""  # for messages
-        self._origins: set[str] = set()
+        self.origins: set[str] = set()  # of the images that were skipped
         self._lock = threading.Lock()
 
     @property
     def count(self) -> int:
         """Different images that were skipped."""
-        return len(self._origins)
+        return len(self.origins)
 
     def report(self, origin: str, reason: str) -> None:
         """Raises UserError, or counts the image and logs a warning once per image."""
@@ -48,8 +48,8 @@ class BadImages:
                 "--config.data.on_bad_image=skip."
             )
         with self._lock:
-            new = origin not in self._origins
-            self._origins.add(origin)
+            new = origin not in self.origins
+            self.origins.add(origin)
             self.last = f"{origin} ({reason})"
         if new:
             logging.getLogger(__name__).warning("skipped %s: %s", origin, reason)

@@ -4,12 +4,13 @@ Every process runs the same program on its own devices and reads its own rows of
 process 0 prints and writes files, except for checkpoints, which all processes write through Orbax.
 """
 
+import hashlib
 import importlib.util
 import os
 import re
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -173,6 +174,20 @@ def total(count: int) -> int:
     if jax.process_count() == 1:
         return count
     return int(multihost_utils.process_allgather(np.array(count)).sum())
+
+
+def distinct(names: Set[str]) -> int:
+    """How many different names the processes have together."""
+    if jax.process_count() == 1:
+        return len(names)
+    counts = multihost_utils.process_allgather(np.array(len(names)))
+    ours = np.zeros((counts.max(), 4), np.uint32)  # all processes must send the same shape
+    for row, name in zip(ours, names, strict=False):
+        encoded = name.encode(errors="surrogateescape")
+        row[:] = np.frombuffer(hashlib.blake2b(encoded, digest_size=16).digest(), np.uint32)
+    everyone = multihost_utils.process_allgather(ours) if ours.size else ()
+    return len({row.tobytes() for rows, count in zip(everyone, counts, strict=False)
+                for row in rows[:count]})
 
 
 def first_line(error: BaseException) -> str:
