@@ -186,11 +186,11 @@ def test_averaged_weights_are_evaluated_and_loaded(finished, tmp_path):
         again = evaluate_checkpoint(settings, workdir, ema=ema).scalars(prefix)
         assert again == {key: pytest.approx(scalars[key], rel=1e-6) for key in again}
     averaged = load_model(workdir, ema=True)
-    assert "averaged weights" in averaged.report.source
+    assert "EMA weights" in averaged.report.source
     _, state = final_state(workdir)
     jax.tree.map(np.testing.assert_array_equal, averaged.params, state["ema_params"])
 
-    with pytest.raises(UserError, match="no averaged weights: config.ema_decay was not set"):
+    with pytest.raises(UserError, match="no EMA weights: config.ema_decay was not set"):
         load_model(finished, ema=True)
 
 

@@ -191,8 +191,8 @@ def _batch_sizes(flags):
     sizes = flags.batch_sizes.split(",")
     for text in sizes:
         if not (text.isdecimal() and int(text)):
-            alone = ", nor just 'largest'" if flags.what in ("train", "infer") else ""
-            raise UserError(f"--batch_sizes={text} is not a number of images{alone}.")
+            alone = ", or just 'largest'" if flags.what in ("train", "infer") else ""
+            raise UserError(f"--batch_sizes={flags.batch_sizes} must be numbers of images{alone}.")
     return [int(text) for text in sizes]
 
 
@@ -256,8 +256,8 @@ def _measure_model(flags, overrides, variant, batch_size, against):
         for name, peer in peers.items():
             if peer.about["parameters"] != work.parameters:
                 raise UserError(
-                    f"--against={name} builds a {variant} with {peer.about['parameters']:,} "
-                    f"parameters, but ours has {work.parameters:,}; leave it out.")
+                    f"--against={name} builds {variant} with {peer.about['parameters']:,} "
+                    f"parameters, and here it has {work.parameters:,}; leave it out.")
         products = {" x ".join(map(str, shape)): models.matmul(shape, config.dtype)
                     for shape in models.matmul_shapes()}
         sides = {"vit_jax": work.run} | {name: peer.run for name, peer in peers.items()}

@@ -61,7 +61,7 @@ def run_command(command: Callable[[list[str]], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _fail(f"error: The disk is full ({error}); what was complete before is kept." if full
+        _fail(f"error: The disk is full ({error}); completed files are kept." if full
               else traceback.format_exc(), 1)
     sys.stdout.flush()
 

@@ -306,8 +306,11 @@ def differences(
 
 def describe() -> str:
     """All keys with defaults and meanings, for --help."""
-    lines = []
+    lines, section = [], None
     for path, field in FIELDS.items():
+        if path.rpartition(".")[0] != section:
+            section = path.rpartition(".")[0]
+            lines.append(f"\n {section or 'run'}")
         choices = f" [{'|'.join(field.choices)}]" if field.choices else ""
         lines.append(f"  --config.{path}={field.default}{choices}\n      {field.help}")
     return "\n".join(lines)

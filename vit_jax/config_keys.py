@@ -108,7 +108,7 @@ FIELDS: dict[str, Field] = {
                                           minimum=0, maximum=0.99),
     "model.scan_layers": _model(bool, "compile one block and loop over it"),
     "model.scan_unroll": _model(bool, "stack the parameters as scan_layers does, but unroll the "
-                                "loop (the default on GPUs if scan_layers is None)"),
+                                "loop (done on GPUs anyway while scan_layers is None)"),
     "model.remat": _model(str, "what the backward pass recomputes to save memory",
                           choices=MODEL_CHOICES["remat"]),
     "model.attention_implementation": _model(

@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> None:
                         help="the recipe; for --mode=evaluate the run's own is the default")
     parser.add_argument("--workdir", metavar="DIR", type=Path,
                         help="holds checkpoints, config, metrics and report")
-    parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    parser.add_argument("--mode", choices=("train", "evaluate"), default="train",
+                        help="what to do (%(default)s)")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
                         help="which checkpoint --mode=evaluate evaluates")
     parser.add_argument("--ema", action="store_true",
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> None:
     several.add_argument("--cluster", choices=distributed.CLUSTERS, default="auto",
                          help="how the processes find each other; none: a single-process run")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--num_processes", metavar="N", type=int)
+    several.add_argument("--num_processes", metavar="N", type=int, help="of the run")
     several.add_argument("--process_id", metavar="I", type=int, help="this process, from 0")
     flags = parser.parse(rest)
     # A relative path given here must mean the same after the config file ran.

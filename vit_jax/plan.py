@@ -328,7 +328,7 @@ def suggestion(
     planner: Planner, config: ml_collections.ConfigDict, devices: int, device: Device,
     memory: Memory,
 ) -> str:
-    """The least sharding, remat and accumulation that fits, as flags to add."""
+    """The least accumulation, then remat, then fsdp that fits, as flags to add."""
     found = planner.smallest_that_fits(config, devices, _SHARE * device.memory_bytes)
     if found is None:
         return (f"No combination of fsdp, remat and accumulation_steps fits {devices} x "
@@ -340,11 +340,11 @@ def suggestion(
         f"--config.{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in now.items() if value != was[key])
     if not flags:
-        return ("It fits, with as little sharding, remat and accumulation as possible. Nothing to "
-                "change.")
+        return ("It fits. Nothing to change: accumulation, then remat, then fsdp are as small as "
+                "possible.")
     if _fits(memory, device):
-        return (f"It fits. So would {flags} ({needs.total / _GIB:.1f} GiB), the first choice by "
-                "accumulation, then remat, then sharding.")
+        return (f"It fits. So does {flags} ({needs.total / _GIB:.1f} GiB), the first that fits by "
+                "accumulation, then remat, then fsdp.")
     return f"The smallest change that fits ({needs.total / _GIB:.1f} GiB): {flags}"
 
 

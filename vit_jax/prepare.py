@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     """Runs the command; see `--help`."""
     parser = cli.ArgumentParser(
         prog="python -m vit_jax.prepare",
-        description="Writes images and labels as a TFDS data set in ArrayRecord form, which "
+        description="Writes images and labels as a TFDS data set in ArrayRecord format, which "
         "config.data.source=tfds:NAME reads. Every image is decoded once; those that cannot be are "
         "left out and reported. Run the same command again to continue after an interruption.",
         epilog="PATH is one of\n"
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
         "  a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and\n"
         "    ILSVRC2012_devkit_t12.tar.gz\n"
         "  a folder with one CLASS.tar of images per class, or a tar file of them (ImageNet-21k)\n"
-        "  a TFDS data set in TFRecord form, .../NAME/VERSION; TensorFlow is not needed",
+        "  a TFDS data set in TFRecord format, .../NAME/VERSION; TensorFlow is not needed",
     )
     parser.add_argument("--from", dest="source", metavar="PATH", help="the raw data")
     parser.add_argument("--out", metavar="DIR",

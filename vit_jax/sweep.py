@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     print(f"\n{(workdir / 'results.md').read_text()}\nThis table is {workdir / 'results.md'}; "
           "results.csv and results.png are beside it.")
     if busy:
-        print(f"{len(busy)} runs are in progress in other processes: {', '.join(busy)}.")
+        print(f"In progress in other processes: {', '.join(busy)}.")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs[part::parts])} runs failed "
                         f"({', '.join(failed)}): see above, and log.txt in their folders. Run the "

@@ -216,7 +216,7 @@ def _train(config, workdir, stop, held):
                 log.write(step, scalars | (averaged.scalars("eval_ema") if averaged else {}))
                 progress.say(f"step {step}/{total_steps}  {evaluation}")
                 if averaged:
-                    progress.say(f"averaged weights  {averaged}")
+                    progress.say(f"EMA weights  {averaged}")
 
             is_best = scalars is not None and scalars[BEST] > best
             due = config.checkpoint_every and step % config.checkpoint_every == 0

@@ -111,7 +111,7 @@ def parse_what(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TITLES and name != "all":
-            raise UserError(f"--what={name} is no figure{did_you_mean(name, TITLES)} They are "
+            raise UserError(f"--what={name} is not a figure{did_you_mean(name, TITLES)} They are "
                             f"{', '.join(TITLES)}, and all.")
     return [name for name in TITLES if name in names or "all" in names]
 

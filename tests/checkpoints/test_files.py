@@ -215,7 +215,7 @@ def test_missing_paths(tmp_path):
     (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
     (b"\x1f\x8b\x08" + bytes(50), "compressed with gzip; unpack it"),
     (bytes(2000), "is not an npz, safetensors or PyTorch file"),
-    (b"PK\3\4 and then nothing", r"damaged or incomplete \(its zip archive is cut off"),
+    (b"PK\3\4 and then nothing", r"damaged or incomplete \(its zip archive has no end"),
 ])
 def test_files_that_are_something_else(tmp_path, content, message):
     (tmp_path / "weights.npz").write_bytes(content)

@@ -72,7 +72,7 @@ def test_a_schedule_without_warmup_starts_at_the_peak():
 
 @pytest.mark.parametrize("warmup", [10, 11])
 def test_a_warmup_that_leaves_no_steps(warmup):
-    with pytest.raises(UserError, match=f"warmup_steps={warmup} takes up all 10 steps"):
+    with pytest.raises(UserError, match=f"warmup_steps={warmup} leaves no step of the 10"):
         rates([0], total_steps=10, schedule_warmup_steps=warmup)
     rates([0], total_steps=12, schedule_warmup_steps=warmup)
 
@@ -99,8 +99,8 @@ def test_cooldown(name, warmup):
      r"cooldown_steps=2 is for schedules without an end, .* config\.schedule\.name='cosine'"),
     (dict(schedule_name="linear", schedule_cooldown_steps=2), "schedules without an end"),
     (dict(schedule_name="rsqrt", schedule_warmup_steps=4, schedule_cooldown_steps=6),
-     "warmup_steps=4 with cooldown_steps=6 takes up all 10 steps"),
-    (dict(schedule_cooldown_steps=10), "cooldown_steps=10 takes up all 10 steps"),
+     "warmup_steps=4 with cooldown_steps=6 leaves no step of the 10"),
+    (dict(schedule_cooldown_steps=10), "cooldown_steps=10 leaves no step of the 10"),
 ])
 def test_cooldowns_that_cannot_be(settings, message):
     with pytest.raises(UserError, match=message):

@@ -201,7 +201,7 @@ def _kind_of_archive(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _damaged(path, "its zip archive is cut off") from error
+        raise _damaged(path, "its zip archive has no end") from error
     _check_expansion(path, sum(member.file_size for member in members))
     names = [member.filename for member in members]
     if any(name.endswith("/constants.pkl") for name in names):

@@ -227,7 +227,7 @@ def read(
     file = files.read_tensors(path)
     if checkpoint != "last" or ema:
         raise UserError(f"{path} is one checkpoint; only a run's workdir has a best one, and "
-                        "averaged weights.")
+                        "EMA weights.")
     report, sizes = LoadReport(str(file.path), ""), (trained_size, image_size)
     try:
         if google.is_google(file.tensors):
@@ -278,7 +278,7 @@ def _restore_workdir(path, which, ema):
         meta = checkpoints.meta(step)
         weights = checkpoints.restore_arrays(step).get("ema_params" if ema else "params")
     if not weights:
-        raise UserError(f"{path} has no averaged weights: config.ema_decay was not set for it.")
+        raise UserError(f"{path} has no EMA weights: config.ema_decay was not set for it.")
     params = {name: np.asarray(tensor) for name, tensor in flatten(weights).items()}
     return meta, params, step
 
@@ -294,7 +294,7 @@ def _read_workdir(path, which, ema):
         fields["attention_implementation"] = "auto"
     dropped = [(name, params.pop(name).shape, "of masked pretraining") for name in list(params)
                if name == "mask_token" or name.startswith("patch_head/")]
-    averaged = ", averaged weights" if ema else ""
+    averaged = ", EMA weights" if ema else ""
     report = LoadReport(f"{path} step {step}{averaged}", "vit_jax", dropped=dropped,
                         renamed=[(name, name, x.shape) for name, x in params.items()])
     grid = None

@@ -1,4 +1,4 @@
-"""`tfds:NAME`: a prepared TensorFlow Datasets directory in ArrayRecord form, without TensorFlow.
+"""`tfds:NAME`: a prepared TensorFlow Datasets directory in ArrayRecord format, without TensorFlow.
 
 The directory is found and checked here, file by file, before TFDS sees it: TFDS itself answers a
 data set that is not there with minutes of attempts to download it.

@@ -30,8 +30,8 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
     if warmup + cooldown and warmup + cooldown >= total_steps:
         with_cooldown = f" with cooldown_steps={cooldown}" if cooldown else ""
         raise UserError(
-            f"config.schedule.warmup_steps={warmup}{with_cooldown} takes up all "
-            f"{total_steps} steps; use fewer."
+            f"config.schedule.warmup_steps={warmup}{with_cooldown} leaves no step of "
+            f"the {total_steps} for the rest of the schedule; use fewer."
         )
     if schedule.name in ("cosine", "linear") and schedule.end_value > peak:
         raise UserError(

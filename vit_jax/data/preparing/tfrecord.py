@@ -1,4 +1,4 @@
-"""A TensorFlow Datasets directory in TFRecord form, without TensorFlow.
+"""A TensorFlow Datasets directory in TFRecord format, without TensorFlow.
 
 A TFRecord file is a sequence of records: the length (8 bytes, little endian), its checksum (4), the
 data, their checksum (4). https://www.tensorflow.org/tutorials/load_data/tfrecord
