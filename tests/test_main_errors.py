@@ -72,7 +72,8 @@ def make_photos(root, corrupt=()):
     (["--config.batch_size=12"], "config.batch_size=12 is not divisible by 8 (8 devices x 1 accum"),
     (["--config.accumulation_steps=4"], "config.batch_size=16 is not divisible by 32 (8 devices x"),
     (["--config.mesh.fsdp=3"], "config.mesh with data=-1, fsdp=3, tensor=1 does not fit 8 devices"),
-    (["--config.schedule.warmup_steps=6"], "schedule.warmup_steps=6 leaves no step of the 6"),
+    (["--config.schedule.warmup_steps=6"],
+     "config.schedule.warmup_steps=6 leaves no step of the 6 for"),
     (["--config.optimizer.frozen=nothing"], "config.optimizer.frozen: 'nothing' matches no param"),
 ], ids=lambda value: value[0].partition(".")[2] if isinstance(value, list) else "")
 def test_settings_that_cannot_work(tmp_path, arguments, message):
