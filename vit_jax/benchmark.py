@@ -198,9 +198,6 @@ def _batch_sizes(flags):
 
 def _check(flags, overrides, against):
     """Refuses what would have no effect, could not be compared, or could not be written."""
-    if flags.out:
-        with cli.writing_to(flags.out):
-            flags.out.mkdir(parents=True, exist_ok=True)
     for name in against:
         if name not in _AGAINST[flags.what]:
             possible = ", ".join(_AGAINST[flags.what])
@@ -223,6 +220,9 @@ def _check(flags, overrides, against):
             if not any(fnmatch.fnmatchcase(key, pattern) for pattern in keys):
                 raise UserError(f"--config.{key} has no effect on {who}; leave it out. "
                                 f"The keys that have an effect: {', '.join(keys)}.")
+    if flags.out:  # now, so that nothing is measured in vain
+        with cli.writing_to(flags.out):
+            flags.out.mkdir(parents=True, exist_ok=True)
 
 
 def _config(

@@ -129,7 +129,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out={folder} cannot be written to: {error.strerror}.") from error
+        raise UserError(f"--out={folder} cannot be written to: {error.strerror or error}.") from error
 
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

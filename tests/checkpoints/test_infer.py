@@ -127,6 +127,7 @@ def test_timms_older_config(tmp_path):
      dict(crop="center_crop", resize=10)),  # DeiT's
     (dict(crop_size=8, do_center_crop=True), dict(crop="center_crop", resize=8)),
     (dict(size=8, do_normalize=False, image_mean=[0.1] * 3), dict(mean=[0.0] * 3, std=[1.0] * 3)),
+    (dict(size=8, do_normalize=False, image_mean=None), dict(mean=[0.0] * 3, std=[1.0] * 3)),
     (dict(size=8, do_rescale=False, image_mean=[51, 102, 153], image_std=[255, 51, 102]),
      dict(mean=[0.2, 0.4, 0.6], std=[1.0, 0.2, 0.4])),
     (dict(size=8, rescale_factor=1 / 127.5, image_mean=[1] * 3, image_std=[1] * 3),
@@ -152,6 +153,9 @@ def test_filters_that_are_not_known_here(tmp_path):
     loaded = vit_jax.load_model(tmp_path, num_heads=2)
     assert loaded.metadata["preprocessing"]["interpolation"] == "bicubic"
     assert said in loaded.report.assumptions
+    write_json(tmp_path / "preprocessor_config.json", dict(size=8, resample=9))
+    loaded = vit_jax.load_model(tmp_path, num_heads=2)
+    assert said.replace("lanczos", "filter 9") in loaded.report.assumptions
     write_json(tmp_path / "config.json", dict(pretrained_cfg=dict(interpolation="lanczos")))
     assert said in vit_jax.load_model(tmp_path, num_heads=2).report.assumptions
 

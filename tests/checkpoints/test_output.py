@@ -1,5 +1,8 @@
 """Where an export may be written, and what becomes of a name that cannot be."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from vit_jax.checkpoints import output
@@ -56,6 +59,25 @@ def test_an_earlier_export_survives_a_new_one_that_fails(tmp_path, monkeypatch):
         output.move(path, out)
     assert (out / "config.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_earlier_export_is_not_removed_if_it_cannot_be_put_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    replace = Path.replace
+
+    def fails(path, target):
+        if target == out:
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(UserError, match="cannot be written"), output.temporary(out) as path:
+        path.mkdir()
+        output.move(path, out)
+    (old,) = tmp_path.glob(".out.*.old")
+    assert (old / "config.json").read_text() == "old"
 
 
 def test_a_directory_whose_name_is_too_long(tmp_path):

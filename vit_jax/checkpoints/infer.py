@@ -18,6 +18,8 @@ from vit_jax.models.variants import VARIANTS, canonical_name
 # Ti and S, the paper's B, L and H, and g and G (arXiv 2106.04560).
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_PILLOWS_FILTERS = dict(enumerate(
+    ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
 _MODEL_TYPES = ("vit", "vit_mae", "vit_msn", "ijepa", "dpt", "flava_image_model")
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "gelu_new": "gelu_tanh"}
@@ -318,9 +320,9 @@ def preprocessing(
                            resize=math.floor(min(size) / timm.get("crop_pct", 0.875)))
     elif preprocessor:
         mean, std = _mean_and_std(preprocessor)
-        filters = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # as in Pillow
+        number = preprocessor.get("resample", 2)
         result |= dict(mean=mean, std=std, interpolation=_interpolation(
-            filters[preprocessor.get("resample", 2)], report))
+            _PILLOWS_FILTERS.get(number, f"filter {number}"), report))
         if preprocessor.get("do_center_crop"):
             result |= dict(crop="center_crop", resize=max(
                 _short_side(preprocessor, report) or min(size), min(size)))
@@ -360,7 +362,7 @@ def _short_side(preprocessor, report):
 
 def _mean_and_std(preprocessor):
     """Hugging Face's, of pixels times `rescale_factor`, for pixels in [0, 1]."""
-    mean, std = preprocessor.get("image_mean", [0.5] * 3), preprocessor.get("image_std", [0.5] * 3)
+    mean, std = (preprocessor.get(key) or [0.5] * 3 for key in ("image_mean", "image_std"))
     if not preprocessor.get("do_normalize", True):
         mean, std = [0.0] * len(mean), [1.0] * len(std)
     factor = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get(

@@ -76,13 +76,16 @@ def move(temporary: Path, final: Path) -> None:
     if not (final.is_dir() and any(final.iterdir())):
         temporary.replace(final)
         return
-    old = temporary.with_name(f"{final.name}.old")  # a directory with contents cannot be replaced
+    # A directory with contents cannot be replaced. The old one does not go where `temporary` lies,
+    # which is removed whatever happens.
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")
     final.replace(old)
     try:
         temporary.replace(final)
     except OSError:
         old.replace(final)
         raise
+    remove(old)
 
 
 def name_of_failure(out: Path) -> Path:
