@@ -129,7 +129,8 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out={folder} cannot be written to: {error.strerror or error}.") from error
+        reason = error.strerror or error
+        raise UserError(f"--out={folder} cannot be written to: {reason}.") from error
 
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
