@@ -154,9 +154,9 @@ export._write_directory = write_wrongly
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--from= is missing"),
-    (["--from=x", "--to=timm"], "--out= is missing"),
-    (["--from=x", "--out=y"], "--to= is missing"),
+    ([], "arguments are required: --from, --to, --out"),
+    (["--from=x", "--to=timm"], "required: --out"),
+    (["--from=x", "--out=y"], "required: --to"),
     (["--from=x", "--to=keras", "--out=y"], "invalid choice: 'keras'"),
     (["--from=x", "--to=timm", "--out=y", "--dtype=int8"], "invalid choice: 'int8'"),
     (["--from=x", "--to=timm", "--out=y", "--no_verify"], "did you mean --noverify?"),

@@ -356,8 +356,8 @@ def test_help(capsys):
 
 def test_mistakes(photos, tmp_path):
     out = f"--out={tmp_path / 'out'}"
-    assert refusal(out) == "--from= is missing (see --help)."
-    assert refusal(f"--from={photos}") == "--out= is missing (see --help)."
+    assert refusal(out) == "the following arguments are required: --from (see --help)"
+    assert refusal(f"--from={photos}") == "the following arguments are required: --out (see --help)"
     assert "did you mean --resize?" in refusal(f"--from={photos}", out, "--rezise=8")
     for flag in ("--resize=0", "--workers=0", "--records_per_file=-1"):
         assert refusal(f"--from={photos}", out, flag) == f"{flag} must be at least 1."

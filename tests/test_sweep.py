@@ -176,8 +176,8 @@ def test_a_run_keeps_its_workdir_when_its_sweep_is_killed(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--config= is missing"),
-    (["--config=configs/ablations/position.py:cpu"], "--workdir= is missing"),
+    ([], "required: --config, --workdir"),
+    (["--config=configs/ablations/position.py:cpu"], "required: --workdir"),
     (["--config=x", "--workdir=y", "--seeds=0"], "--seeds=0 must be at least 1"),
     (["--config=x", "--workdir=y", "--shard=2/2"], "--shard=2/2 is not I/N"),
     (["--config=configs/quickstart.py", "--workdir=y"], "does not define get_sweep"),

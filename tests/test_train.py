@@ -262,7 +262,7 @@ def test_blocks_in_few_arrays_train_as_by_themselves(finished, tmp_path, monkeyp
         return models[-1]
 
     with monkeypatch.context() as gpu:
-        gpu.setattr("vit_jax.train.group_blocks", group)
+        gpu.setattr("vit_jax.training.program.group_blocks", group)
         main([*tuned, f"--workdir={grouped}", "--config.total_steps=2"])
     assert [(model.scan_layers, model.scan_unroll) for model in models] == [(True, True)]
     metas = []

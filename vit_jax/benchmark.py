@@ -56,13 +56,14 @@ def main(arguments: list[str]) -> None:
     overrides, rest = cli.split_overrides(arguments)
     flags = _parse(rest)
     against = flags.against.split(",") if flags.against else []
+    variants, batch_sizes = _variants(flags), _batch_sizes(flags)
     _check(flags, overrides, against)
     flags.seconds = flags.seconds or _SECONDS
     if flags.what == "input":
-        about, rows = _measure_input(flags, overrides, _variants(flags), against)
+        about, rows = _measure_input(flags, overrides, variants, batch_sizes, against)
     else:
-        pieces = [(variant, batch_size) for variant in _variants(flags) or ["S/16"]
-                  for batch_size in _batch_sizes(flags)]
+        pieces = [(variant, batch_size) for variant in variants or ["S/16"]
+                  for batch_size in batch_sizes]
         for variant, batch_size in pieces:  # mistakes before the first is measured
             _config(overrides, variant, None if batch_size == LARGEST else batch_size)
         if len(pieces) > 1:
@@ -372,8 +373,8 @@ def _measure_largest(flags, overrides, variant, _, against):
 # --- Everything else -------------------------------------------------------------------------
 
 
-def _measure_input(flags, overrides, variants, against):
-    rows, (batch_size, *others) = [], _batch_sizes(flags)
+def _measure_input(flags, overrides, variants, batch_sizes, against):
+    rows, (batch_size, *others) = [], batch_sizes
     if others:
         raise UserError("--what=input measures one of --batch_sizes; run it again for another.")
     with contextlib.ExitStack() as stack:

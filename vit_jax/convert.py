@@ -6,7 +6,6 @@ from vit_jax import cli
 from vit_jax.checkpoints.export import VerificationFailed, export_model
 from vit_jax.checkpoints.load import load_model
 from vit_jax.checkpoints.targets import TARGETS
-from vit_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> None:
@@ -17,13 +16,13 @@ def main(arguments: list[str]) -> None:
         "library, if it is installed, that the numbers are the same. Exits with 0 only if they are "
         "(or the check was skipped), and leaves nothing under --out otherwise.",
     )
-    parser.add_argument("--from", dest="source", metavar="PATH",
+    parser.add_argument("--from", dest="source", metavar="PATH", required=True,
                         help="what load_model reads: a file, a directory, a run's workdir, or a "
                         "name such as augreg:B/16")
-    parser.add_argument("--to", choices=TARGETS,
+    parser.add_argument("--to", choices=TARGETS, required=True,
                         help="a directory for timm, Hugging Face (hf) or torchvision, or Google's "
                         "npz file")
-    parser.add_argument("--out", metavar="PATH", type=Path,
+    parser.add_argument("--out", metavar="PATH", type=Path, required=True,
                         help="the directory, for npz the file, to write")
     parser.add_argument("--match_eps", action="store_true",
                         help="rescale a hybrid's standardised kernels so that timm computes the "
@@ -38,9 +37,6 @@ def main(arguments: list[str]) -> None:
     cli.add_weights_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     flags = parser.parse(arguments)
-    for name, value in (("from", flags.source), ("to", flags.to), ("out", flags.out)):
-        if value is None:
-            raise UserError(f"--{name}= is missing (see --help).")
 
     loaded = load_model(flags.source, **cli.weights_options(flags))
     print(loaded.report, flush=True)

@@ -42,8 +42,9 @@ def main(arguments: list[str]) -> None:
         "  a folder with one CLASS.tar of images per class, or a tar file of them (ImageNet-21k)\n"
         "  a TFDS data set in TFRecord format, .../NAME/VERSION; TensorFlow is not needed",
     )
-    parser.add_argument("--from", dest="source", metavar="PATH", help="the raw data")
-    parser.add_argument("--out", metavar="DIR",
+    parser.add_argument("--from", dest="source", metavar="PATH", required=True,
+                        help="the raw data")
+    parser.add_argument("--out", metavar="DIR", required=True,
                         help="folder of data sets; this one is written to DIR/NAME/1.0.0")
     parser.add_argument("--name", help="name of the data set; default: that of the input")
     parser.add_argument("--resize", metavar="PIXELS", type=int,
@@ -58,9 +59,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--records_per_file", metavar="R", type=int,
                         help="default: 128 to 4096, or what makes 512 files of a split")
     flags = parser.parse(arguments)
-    for name, value in (("from", flags.source), ("out", flags.out)):
-        if value is None:
-            raise UserError(f"--{name}= is missing (see --help).")
     for name in ("resize", "workers", "records_per_file"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)} must be at least 1.")

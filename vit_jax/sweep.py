@@ -27,8 +27,9 @@ def main(arguments: list[str]) -> None:
         epilog="--config.KEY=VALUE applies to every run. One part of a SLURM job array:\n"
         "  --shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT  (sbatch --array=0-7)",
     )
-    parser.add_argument("--config", metavar="FILE.py[:ARGS]", help="the sweep")
-    parser.add_argument("--workdir", metavar="DIR", type=Path, help="holds the runs and the tables")
+    parser.add_argument("--config", metavar="FILE.py[:ARGS]", required=True, help="the sweep")
+    parser.add_argument("--workdir", metavar="DIR", type=Path, required=True,
+                        help="holds the runs and the tables")
     parser.add_argument("--seeds", metavar="N", type=int, default=1,
                         help="repeats of every run, with config.seed, config.seed + 1, ... (1)")
     parser.add_argument("--shard", metavar="I/N", default="0/1",
@@ -36,9 +37,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--report", action="store_true",
                         help="only writes the tables of the finished runs")
     flags = parser.parse(rest)
-    for name in ("config", "workdir"):
-        if getattr(flags, name) is None:
-            raise UserError(f"--{name}= is missing (see --help).")
     if flags.seeds < 1:
         raise UserError(f"--seeds={flags.seeds} must be at least 1.")
     part, parts = cli.parse_shard(flags.shard)

@@ -17,9 +17,9 @@ from vit_jax.models.shapes import params_shapes
 from vit_jax.models.summary import summarize
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel, partition
-from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import build_model, group_blocks, make_init, state_shapes
-from vit_jax.training.step import make_loss_sum, make_train_step, normalize
+from vit_jax.training.program import Program
+from vit_jax.training.state import build_model, group_blocks
+from vit_jax.training.step import make_loss_sum, normalize
 
 NUM_CLASSES = 1000
 
@@ -68,30 +68,22 @@ class Trainer:
 
     def __init__(self, config: ml_collections.ConfigDict):
         """Raises UserError where the model or the mesh cannot be."""
-        size = image_size(config)
-        self.mesh = partition.make_mesh(config)
-        parallel.check_devices(config, self.mesh)
-        self.model = group_blocks(build_model(config, NUM_CLASSES, size), config, self.mesh)
-        schedule = make_schedule(config, config.total_steps)
-        ema = config.ema_decay is not None
-        optimizer = make_optimizer(config, schedule, params_shapes(self.model, size))
-        init = make_init(self.model, optimizer, size, config.seed, ema=ema)
-        shardings, _ = partition.state_shardings(
-            state_shapes(self.model, optimizer, size, ema=ema), self.mesh)
-        self.state = jax.jit(init, out_shardings=shardings)()
-        step = make_train_step(make_loss_sum(self.model, config), optimizer, schedule, config)
-        self._jitted = jax.jit(step, donate_argnums=0,
-                               out_shardings=(shardings, partition.replicated(self.mesh)))
+        size, mesh = image_size(config), partition.make_mesh(config)
+        parallel.check_devices(config, mesh)
+        self._program = Program.of(
+            config, build_model(config, NUM_CLASSES, size), mesh, config.total_steps)
+        self.model = self._program.model
+        self.state = self._program.initial_state()
         self.batch = self.put(synthetic_batch(config.batch_size, size))
 
     def put(self, batch):
         """A host's batch on the devices."""
-        return jax.device_put(batch, partition.batch_sharding(self.mesh))
+        return jax.device_put(batch, partition.batch_sharding(self._program.mesh))
 
     def compile(self):
         """Returns XLA's executable of step(state, batch)."""
-        with jax.set_mesh(self.mesh):
-            return self._jitted.lower(self.state, self.batch).compile()
+        loss_sum = make_loss_sum(self.model, self._program.config)
+        return self._program.lower(loss_sum, self.state, self.batch).compile()
 
 
 def training(config: ml_collections.ConfigDict) -> Work:

@@ -19,13 +19,8 @@ from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel, partition
 from vit_jax.training.activations import Array, Residuals, residuals
 from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import (
-    TrainState,
-    build_model,
-    group_blocks,
-    state_shapes,
-)
-from vit_jax.training.step import make_train_step
+from vit_jax.training.program import Program
+from vit_jax.training.state import TrainState, build_model, state_shapes
 from vit_jax.training.task import make_task_loss
 
 # From the least to the most that is computed twice.
@@ -232,11 +227,8 @@ def compile_step(
     """The train step, compiled without a run or an array."""
     size = image_size(config)
     mesh = partition.make_mesh(config, devices)
-    model = group_blocks(build_model(config, num_classes, size), config, mesh)
-    schedule = make_schedule(config, config.total_steps or _ANY_LENGTH)
-    optimizer = make_optimizer(config, schedule, params_shapes(model, size))
-    state = state_shapes(model, optimizer, size, ema=config.ema_decay is not None)
-    shardings, _ = partition.state_shardings(state, mesh)
+    program = Program.of(config, build_model(config, num_classes, size), mesh,
+                         config.total_steps or _ANY_LENGTH)
     rows = {"image": ((*size, 3), jnp.uint8), "label": ((), jnp.int32), "mask": ((), jnp.bool),
             "flip": ((), jnp.bool)}
     batch = {
@@ -245,13 +237,8 @@ def compile_step(
         for key, (shape, dtype) in rows.items()}
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state, shardings)
-    loss_sum = make_task_loss(model, config)
-    step = jax.jit(
-        make_train_step(loss_sum, optimizer, schedule, config), donate_argnums=0,
-        out_shardings=(shardings, partition.replicated(mesh)))
-    with jax.set_mesh(mesh):
-        return step.lower(state, batch).compile()
+        program.shapes, program.shardings)
+    return program.lower(make_task_loss(program.model, config), state, batch).compile()
 
 
 def executable_bytes(executable: jax.stages.Compiled) -> int:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.errors import UserError
 from vit_jax.training import partition
 from vit_jax.training.state import TrainState
-from vit_jax.training.step import Metrics
+from vit_jax.training.step import Metrics, TrainStep
 
 HostBatch = dict[str, np.ndarray]
 PMAP_AXIS = "data"
@@ -78,7 +78,7 @@ def to_devices(batch: HostBatch, mesh: Mesh, batch_size: int) -> dict[str, jax.A
 
 
 def compile_train_step(
-    make_step: Callable[..., Callable],
+    make_step: Callable[..., TrainStep],
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     shardings: Any,
@@ -119,17 +119,18 @@ def compile_train_step(
 
         return run_pmap
 
-    step = jax.jit(
-        make_step(axis_name=None),
-        donate_argnums=0,
-        out_shardings=(shardings, partition.replicated(mesh)),
-    )
+    step = jit_train_step(make_step(axis_name=None), mesh, shardings)
 
     def run_jit(state, batch):
         with jax.set_mesh(mesh):
             return step(state, to_devices(batch, mesh, config.batch_size))
 
     return run_jit
+
+
+def jit_train_step(step: TrainStep, mesh: Mesh, shardings: Any):
+    """The step under jit, to be called or lowered while `mesh` is set; its state is donated."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, partition.replicated(mesh)))
 
 
 def compile_eval_step(

@@ -26,6 +26,7 @@ from vit_jax.training.state import TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 LossSum = Callable[[Any, Batch, jax.Array], jax.Array]  # of (params, batch, key)
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 _MIXING_STREAM = 2**32 - 1  # folded into the step's key; no part of the batch has this index
 
@@ -72,7 +73,7 @@ def make_train_step(
     config: ml_collections.ConfigDict,
     *,
     axis_name: str | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Builds the step: forward, backward, update.
 
     Args:
