@@ -89,7 +89,7 @@ def test_distances(tmp_path):
     assert axes.get_ylim()[0] == 0
 
 
-@pytest.mark.parametrize("height, width", [(2, 3), (1, 1), (20, 2)])
+@pytest.mark.parametrize("height, width", [(2, 3), (1, 1), (16, 2)])
 def test_positions(height, width, tmp_path):
     values = random(height, width, height, width) * 2 - 1
     figure = figures.positions(values)
@@ -98,6 +98,18 @@ def test_positions(height, width, tmp_path):
     row, column = (height - 1) * (height + 1), (width - 1) * (width + 1)
     np.testing.assert_array_equal(picture[row:, column:], values[-1, -1])
     assert max(figure.get_size_inches()) < 11  # a page
+
+
+def test_positions_of_a_large_grid_are_every_few():
+    """18 rows and 37 columns of patches: every third, in the middle, by their own numbers."""
+    values = random(18, 37, 18, 37)
+    axes = figures.positions(values).axes[0]
+    rows, columns = range(1, 18, 3), range(0, 37, 3)
+    picture = shown(axes)
+    assert picture.shape == (len(rows) * 19 - 1, len(columns) * 38 - 1)
+    np.testing.assert_array_equal(picture[19 : 37, 2 * 38 : 3 * 38 - 1], values[4, 6])
+    for labels, chosen in ((axes.get_yticklabels(), rows), (axes.get_xticklabels(), columns)):
+        assert [label.get_text() for label in labels] == [str(i + 1) for i in chosen]
 
 
 @pytest.mark.parametrize("count, size", [(28, 4), (3, 1), (9, 2)])

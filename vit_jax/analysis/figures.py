@@ -9,6 +9,7 @@ from PIL import Image
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _LONGEST_NAME = 18  # characters
 _WIDTH = 7.5  # inches, what fits on a page
+_MOST_MAPS = 16  # beside each other, for position embeddings
 _MAP_COLORS = "magma"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
          "figure.dpi": 200, "font.size": 9, "font.family": _FONT}
@@ -30,8 +31,8 @@ def rollout(images: np.ndarray, maps: np.ndarray, names: list[str]) -> Figure:
     pairs = min(2, len(images))  # of image and rollout, side by side
     rows = -(-len(images) // pairs)
     aspect = images.shape[1] / images.shape[2]
-    figure = Figure(figsize=(_WIDTH, rows * (_WIDTH / (3 * pairs) * aspect + 0.27) + 0.9),
-                    layout="constrained")
+    side = (_WIDTH - 0.5) / (3 * pairs)
+    figure = Figure(figsize=(_WIDTH, rows * (side * aspect + 0.24) + 0.75), layout="constrained")
     figure.suptitle("Attention rollout: the image, the image times its weights, the weights",
                     fontsize=10)
     panels = figure.subplots(rows, 3 * pairs, squeeze=False)
@@ -74,8 +75,8 @@ def heads(image: np.ndarray, maps: np.ndarray, name: str, title: str) -> Figure:
     _name(left, name)
     shown = _mosaic(np.minimum(maps / _brightest(maps), 1))
     drawn = right.imshow(shown, cmap=_MAP_COLORS, vmin=0, vmax=1, interpolation="nearest")
-    _number(right.xaxis, count, width + 1)
-    _number(right.yaxis, layers, height + 1)
+    _number(right.xaxis, np.arange(count), width + 1)
+    _number(right.yaxis, np.arange(layers), height + 1)
     right.set(xlabel="head", ylabel="layer")
     right.spines[:].set_visible(False)
     right.tick_params(length=0)
@@ -114,16 +115,20 @@ def positions(similarity: np.ndarray) -> Figure:
     """Similarity of position embeddings (the paper's Figures 7 centre and 10).
 
     Args:
-      similarity: [height, width, height, width], cosines.
+      similarity: [height, width, height, width], cosines. Of a large grid, only every second (or
+        third, ...) row and column has room for its map.
     """
     height, width = similarity.shape[:2]
-    aspect = (height / width) ** 2
+    every = -(-max(height, width) // _MOST_MAPS)
+    rows, columns = (np.arange((size - 1) % every // 2, size, every) for size in (height, width))
+    aspect = len(rows) * height / (len(columns) * width)
     side = min(_WIDTH - 1.5, 9.0 / aspect)
     figure = Figure(figsize=(max(5.0, side + 1.5), side * aspect + 0.8), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(_mosaic(similarity), vmin=-1, vmax=1, interpolation="nearest")
-    _number(axes.xaxis, width, width + 1)
-    _number(axes.yaxis, height, height + 1)
+    shown = _mosaic(similarity[np.ix_(rows, columns)])
+    drawn = axes.imshow(shown, vmin=-1, vmax=1, interpolation="nearest")
+    _number(axes.xaxis, columns, width + 1)
+    _number(axes.yaxis, rows, height + 1)
     axes.set(title="Position embeddings: similarity of one patch with all",
              xlabel="patch column", ylabel="patch row")
     axes.spines[:].set_visible(False)
@@ -204,10 +209,11 @@ def _mosaic(maps):
     return picture.reshape(rows * (height + 1), columns * (width + 1))[:-1, :-1]
 
 
-def _number(axis, count, step):
-    """Ticks 1, 2, ... in the middle of maps that begin every `step` pixels."""
-    every = 1 if count <= 16 else 2 if count <= 32 else 4
-    axis.set_ticks((np.arange(0, count, every) + 0.5) * step - 1, range(1, count + 1, every))
+def _number(axis, numbers, step):
+    """Ticks, the numbers (from 0) counted from 1, in the middle of maps that begin every `step`
+    pixels."""
+    every = 1 if len(numbers) <= 16 else 2 if len(numbers) <= 32 else 4
+    axis.set_ticks((np.arange(0, len(numbers), every) + 0.5) * step - 1, numbers[::every] + 1)
 
 
 def _name(axes, name):
