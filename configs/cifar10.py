@@ -22,7 +22,7 @@ from vit_jax.errors import UserError
 def get_config(size: str = "full"):
     """`size` is 'full' or 'cpu'."""
     if size not in ("full", "cpu"):
-        raise UserError(f"configs/cifar10.py takes 'full' or 'cpu', not {size!r}.")
+        raise UserError(f"the argument must be 'full' or 'cpu', not {size!r}.")
     config = base_config()
     config.batch_size = 512
     config.epochs = 200

@@ -240,6 +240,8 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, capsys):
     ([], "error: --workdir=DIR is missing."),
     (["--mode=evaluate"], "error: --workdir=DIR is missing, or --config.init=CHECKPOINT instead"),
     (["--workdir=run"], "error: --config=FILE.py is missing; try configs/quickstart.py."),
+    (["--workdir=", f"--config={TINY}"], "error: --workdir= is empty"),
+    (["--workdir", "", f"--config={TINY}"], "error: --workdir= is empty"),
     (["--workdir=run", "--config=missing.py"], "error: There is no config file 'missing.py'"),
     (["--workdir=run", f"--config={TINY}", "--config.lr=1"], "error: Unknown config key 'lr'"),
     (["--workdir=run", f"--config={TINY}", "--config.optimizer.lr=1"],

@@ -277,6 +277,8 @@ def test_a_recipe_may_replace_a_section():
     (dict(mesh__data=0), "config.mesh.data=0 must be -1 (all devices that are left) or at least"),
     (dict(data__crop_area=(0.9, 0.1)), "config.data.crop_area=(0.9, 0.1) must be (smallest, lar"),
     (dict(data__crop_aspect=(2, 1)), "config.data.crop_aspect=(2.0, 1.0) must be (smallest, larg"),
+    (dict(probes__every=2, probes__shots=()), "config.probes.shots is empty, so that"),
+    (dict(probes__every=2, probes__names=()), "config.probes.names is empty"),
     (dict(profile_steps=(3, 2)), "config.profile_steps=(3, 2) would record nothing; give (2, 3)."),
     (dict(model__variant="B/61"), "config.model.variant: Unknown model variant 'B/61'; did you m"),
     (dict(model__variant="b/16"), "config.model.variant: Unknown model variant 'b/16'; did you m"),
@@ -291,6 +293,7 @@ def test_keys_that_do_not_fit_each_other(settings, message):
     dict(parallelism="pmap", mesh__data=8),
     dict(data__crop_area=(0.5, 0.5)),
     dict(profile_steps=(3, 3)),
+    dict(probes__every=0, probes__shots=()),
     dict(model__variant="ViT-B_16"),
     dict(batch_size=12, accumulation_steps=4),
 ], ids=str)

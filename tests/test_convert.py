@@ -56,7 +56,8 @@ THREE = """
 import runpy, sys
 source, out = sys.argv[1:]
 for target in ("hf", "torchvision", "timm"):
-    sys.argv[1:] = [source, out + target, f"--to={target}", "--allow_gelu_change"]
+    options = ["--allow_gelu_change"] if target == "torchvision" else []
+    sys.argv[1:] = [source, out + target, f"--to={target}", *options]
     runpy.run_module("vit_jax.convert", run_name="__main__")
 """
 
@@ -160,6 +161,9 @@ export._write_directory = write_wrongly
     (["--from=x", "--to=keras", "--out=y"], "invalid choice: 'keras'"),
     (["--from=x", "--to=timm", "--out=y", "--dtype=int8"], "invalid choice: 'int8'"),
     (["--from=x", "--to=timm", "--out=y", "--no_verify"], "did you mean --noverify?"),
+    (["--from=x", "--to=timm", "--out=y", "--noverify", "--images=z"], "--images has no effect wi"),
+    (["--from=x", "--to=hf", "--out=y", "--allow_gelu_change"], "is for --to=torchvision; leave"),
+    (["--from=x", "--to=timm", "--out="], "--out= is empty"),
     (["--from=nowhere/x.npz", "--to=timm", "--out=y"], "does not exist"),
 ])
 def test_mistakes(tmp_path, monkeypatch, arguments, message):

@@ -62,7 +62,10 @@ def make_photos(root, corrupt=()):
     (["--config.data.image_size=10"], "config.model: image size 10x10 is not divisible into patc"),
     (["--config.data.image_size=8,10"], "config.model: image size 8x10 is not divisible into patc"),
     (["--config.model.num_heads=3"], "config.model: hidden_size 16 is not divisible by num_heads "),
-    (["--config.model.variant=R50x1"], "config.model: R50x1 has no option 'hidden_size'."),
+    (["--config.model.variant=R50x1"], "config.model: R50x1 has no option 'hidden_size'; set config"
+     ".model.hidden_size=none. Its options are head_bias_init, stages."),
+    (["--config.data.source=tfds:cifar10", "--config.data.dir={tiny}"],
+     "tfds:cifar10: config.data.dir, {tiny}, is not a folder; set config.data.dir to where"),
     (["--config.model.variant=B61"], "config.model.variant: Unknown model variant 'B61'"),
     (["--config.model.hidden_size=10", "--config.model.position_embedding=sincos_2d"],
      "config.model: sincos_2d needs a width divisible by 4 and at least 8, not 10."),
@@ -79,9 +82,9 @@ def make_photos(root, corrupt=()):
 def test_settings_that_cannot_work(tmp_path, arguments, message):
     """Each names its key; none leaves a workdir behind, which the corrected run could not use."""
     workdir = tmp_path / "run"
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    arguments = [argument.format(tmp=tmp_path, tiny=tiny_file) for argument in arguments]
     text = refusal(f"--workdir={workdir}", *arguments)
-    assert text.startswith(message.format(tmp=tmp_path))
+    assert text.startswith(message.format(tmp=tmp_path, tiny=tiny_file))
     assert not workdir.exists()
 
 

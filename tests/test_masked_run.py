@@ -113,11 +113,18 @@ def test_the_commands(pretrained, tmp_path, capsys):
     with pytest.raises(UserError, match="corrupts none of 16 patches"):
         draw([f"--checkpoint={pretrained}", str(tmp_path / "0.png"), "--rate=0.01",
               f"--out={tmp_path / 'masked.png'}"])
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match="folder.png cannot be written: Is a directory"):
+        draw([f"--checkpoint={pretrained}", str(tmp_path / "0.png"),
+              f"--out={tmp_path / 'folder.png'}"])
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_workdir_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="is not the workdir of a run"):
-        load_masked_model(tmp_path / "no")
+    (tmp_path / "config.json").write_text("of an export")
+    for path in (tmp_path, tmp_path / "no"):
+        with pytest.raises(UserError, match="is not the workdir of a run"):
+            load_masked_model(path)
 
 
 def test_a_seed_that_jax_would_cut(tmp_path):

@@ -266,8 +266,13 @@ def test_data_size():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--config=FILE.py is missing"),
-    (TINY, "--device=NAME; there are a100-40gb"),
+    ([], "required: --config"),
+    (TINY, "--device=NAME is missing; there are a100-40gb"),
+    ([*TINY, "--device=h200", "--config.total_steps=none", "--config.epochs=0.02",
+      "--images=1000", "--num_classes=10", "--config.schedule.warmup_steps=50"],
+     "warmup_steps=50 leaves no step of the"),
+    ([*TINY, "--device=h200", "--devices=16", "--config.parallelism=pmap"],
+     "16 devices are on several hosts of --devices_per_host=8"),
     ([*TINY, "--device=h201"], "did you mean 'h200'"),
     ([*TINY, "--device=h200", "--mfu=40"], "--mfu=40.0 is a share"),
     ([*TINY, "--device=h200", "--mfu=nan"], "--mfu=nan is a share"),

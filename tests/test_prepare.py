@@ -363,9 +363,12 @@ def test_mistakes(photos, tmp_path):
         assert refusal(f"--from={photos}", out, flag) == f"{flag} must be at least 1."
     assert "--quality=101 must be from 1 to 100" in refusal(
         f"--from={photos}", out, "--quality=101")
+    assert "--quality is that of the JPEGs that --resize writes" in refusal(
+        f"--from={photos}", out, "--quality=90")
     for shard in ("3/3", "1", "-1/2", "a/b", "0/0"):
         assert f"--shard={shard} is not I/N" in refusal(f"--from={photos}", out, f"--shard={shard}")
-    for name in ("a b", "1st", "ümlaut", ""):
+    assert "--name= is empty" in refusal(f"--from={photos}", out, "--name=")
+    for name in ("a b", "1st", "ümlaut"):
         assert f"--name={name!r} must begin with a letter" in refusal(
             f"--from={photos}", out, f"--name={name}")
     photos.rename(tmp_path / "写真")

@@ -38,7 +38,7 @@ def test_two_processes_stopped_and_killed_end_with_the_same_bits(tmp_path):
     done = rehearse(2, *RANDOM, f"--workdir={undisturbed}", devices=1, logs=tmp_path / "logs")
     assert done.returncode == 0, done.stderr
     assert f"2 processes of 1 devices; logs of all but the first in {tmp_path}/logs" in done.stderr
-    assert "Devices   2 cpu (2 process" in done.stdout
+    assert "Devices   2 cpu of 2 processes, mesh" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("eval/accuracy=")
     assert "eval/accuracy" not in (tmp_path / "logs" / "1.log").read_text()  # one voice
 
@@ -104,7 +104,7 @@ def test_resumed_by_another_number_of_processes(tmp_path, capsys, then):
                 count, *part, devices=4 // count, environment=None if i else slurm(job)))
             assert [code for code, _, _ in ends] == [0] * count, ends
             out = ends[0][1]
-        assert f"({count} process" in out
+        assert ("processes, mesh" in out) == (count > 1) and (count == 1 or f"of {count} proc" in out)
     assert list(losses(workdir)) == list(range(1, last + 1))
     np.testing.assert_allclose(
         list(losses(workdir).values()), list(losses(one).values()), rtol=1e-5)

@@ -22,6 +22,19 @@ def checkpoint(tmp_path):
     return tmp_path / "a.npz"
 
 
+def test_other_channels(checkpoint, tmp_path, capsys):
+    """Of which the patch embedding, and only it, has others."""
+    with np.load(checkpoint) as saved:
+        params = dict(saved)
+    params["embedding/kernel"] = params["embedding/kernel"][:, :, :1]
+    np.savez(tmp_path / "grey.npz", **params)
+    model = vit_jax.create_model("B/16", num_classes=7, **TINY)
+    grey = format_summary(summarize(model, (12, 12), channels=1))
+    assert printed(capsys, tmp_path / "grey.npz") == grey
+    parameters = sum(tensor.size for tensor in params.values())
+    assert f"Parameters: {parameters:,}" in grey
+
+
 def printed(capsys, *arguments):
     main([*map(str, arguments)])
     return capsys.readouterr().out.rstrip("\n")

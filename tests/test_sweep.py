@@ -99,22 +99,25 @@ def test_other_settings_are_refused_by_the_run(swept, capsys):
     config, workdir, _ = swept
     with pytest.raises(UserError, match="1 of 1 runs failed"):
         main([config, f"--workdir={workdir}", "--shard=1/2", "--config.batch_size=8"])
-    assert "FAILED" in capsys.readouterr().out
+    assert "batch_size: 16 -> 8 Use the old values, or" in capsys.readouterr().out
     log = (workdir / "late-0.2-seed0" / "log.txt").read_text()
     assert "belongs to a run with another config:\n  batch_size: 16 -> 8" in log
 
 
 @pytest.mark.parametrize("length, said", [
-    ("total_steps=12", "total_steps: 6 -> 12"), ("epochs=0.1", "total_steps: 6 -> None, epochs: "),
+    ("total_steps=12", "another length (total_steps: 6 -> 12"),
+    ("epochs=0.1", "another length (total_steps: 6 -> None, epochs: "),
+    ("probes.every=3", "other probes (probes.every: 0 -> 3)"),
 ])
 def test_a_run_of_another_length_is_not_continued(swept, capsys, length, said):
-    """Its first steps were those of another schedule; nor is it run, which log.txt would show."""
+    """Its first steps were those of another schedule, or its last has no probes; nor is it run,
+    which log.txt would show."""
     config, workdir, _ = swept
     log = (workdir / "late-0.2-seed0" / "log.txt").read_text()
-    lengths = ["--config.total_steps=none", f"--config.{length}"][-1 if "steps" in length else 0:]
+    lengths = ["--config.total_steps=none"] * ("epochs" in length) + [f"--config.{length}"]
     with pytest.raises(UserError, match="1 of 1 runs failed"):
         main([config, f"--workdir={workdir}", "--shard=1/2", *lengths])
-    assert f"it began with another length ({said}" in capsys.readouterr().out
+    assert f"it began with {said}" in capsys.readouterr().out
     assert (workdir / "late-0.2-seed0" / "log.txt").read_text() == log
 
 
@@ -146,6 +149,13 @@ def test_interrupted_and_continued(tmp_path):
     steps = [entry["step"] for entry in read_metrics(first / "metrics.jsonl")]
     assert sorted(set(steps)) == list(range(1, 401))
     assert json.loads((first / "result.json").read_text())["step"] == 400
+
+
+def test_what_runs_start_from_is_there_before_the_first(tmp_path):
+    config = write_sweep(tmp_path / "rates.py", {"a": (0.1,)})
+    with pytest.raises(UserError, match="The run a-0.1-seed0: config.init=.*no.npz does not exist"):
+        main([config, f"--workdir={tmp_path / 'runs'}", f"--config.init={tmp_path / 'no.npz'}"])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_file_systems_without_locks(tmp_path, monkeypatch):

@@ -129,6 +129,7 @@ def test_no_more_patches_are_compared_than_fit(workdir, photos, tmp_path, monkey
     files = [str(photos / f"{index}.png") for index in range(10)]
     view = look(loaded, files, Unreadable())
     assert view.tokens.shape == (3, 8, 16) and view.distances.shape == (10, 2, 2)
+    assert view.token_images == 2
     images = np.stack([pixels_of(index) for index in (0, 5)])
     images = ((images / 255 - MEAN) / STD).astype(np.float32)
     _, recording = jax.jit(lambda params: record(loaded.model, params, images))(loaded.params)

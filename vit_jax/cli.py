@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import errno
 import inspect
+import itertools
 import os
 import re
 import runpy
@@ -101,15 +102,21 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         """Parses all arguments; an unknown one is an error that names the nearest flag, and so is
         the address of a bucket."""
-        flags = [flag for action in self._actions for flag in action.option_strings]
+        options = {flag: action for action in self._actions for flag in action.option_strings}
         names = [argument.split("=")[0] for argument in arguments]
         # Before argparse, which would rather say that the flag that was meant is missing.
         for name in names[: names.index("--") if "--" in names else None]:
-            if name.startswith("--") and name not in flags:
-                keys = [f"--config.{key}" for key in FIELDS] if "--config" in flags else []
-                close = difflib.get_close_matches(name, [*flags, *keys], n=1)
+            if name.startswith("--") and name not in options:
+                keys = [f"--config.{key}" for key in FIELDS] if "--config" in options else []
+                close = difflib.get_close_matches(name, [*options, *keys], n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 self.error(f"unknown argument {name!r}{hint}")
+        # An unset variable, as in --workdir=$RUN; as a path it would be the working directory.
+        for argument, following in itertools.pairwise([*arguments, None]):
+            flag, equals, value = argument.partition("=")
+            empty = (equals and not value) or (not equals and following == "")
+            if empty and flag in options and options[flag].default != "":
+                self.error(f"{flag}= is empty")
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             self.error(f"unknown argument {unknown[0]!r}")
@@ -210,7 +217,8 @@ def _check_call(function, arguments, file):
 
 def _nearest_file(file: Path) -> str:
     folders = [folder for folder in (Path("configs"), file.parent) if folder.is_dir()]
-    known = {path.name: str(path) for folder in folders for path in sorted(folder.glob("*.py"))}
+    known = {path.name: str(path) for folder in folders for path in sorted(folder.glob("*.py"))
+             if path.name != "setup.py"}
     close = difflib.get_close_matches(file.name, known, n=1)
     if close:
         return f"; did you mean {known[close[0]]!r}?"

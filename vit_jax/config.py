@@ -243,6 +243,11 @@ def validate(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
                 raise UserError(f"config.{key}={config[section][name]} only applies to "
                                 "classification, not to config.task='masked_patches'; leave it at "
                                 f"{default}.")
+    for key in ("names", "shots") if config.probes.every else ():
+        if not config.probes[key]:
+            raise UserError(f"config.probes.{key} is empty, so that config.probes.every="
+                            f"{config.probes.every} would probe nothing; name some, or set "
+                            "config.probes.every=0.")
     if config.model.scan_unroll and not config.model.scan_layers:
         raise UserError("config.model.scan_unroll=true requires config.model.scan_layers=true; set "
                         "that too.")

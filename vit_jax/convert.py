@@ -6,6 +6,7 @@ from vit_jax import cli
 from vit_jax.checkpoints.export import VerificationFailed, export_model
 from vit_jax.checkpoints.load import load_model
 from vit_jax.checkpoints.targets import TARGETS
+from vit_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> None:
@@ -37,6 +38,10 @@ def main(arguments: list[str]) -> None:
     cli.add_weights_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     flags = parser.parse(arguments)
+    if flags.noverify and flags.images:
+        raise UserError("--images has no effect with --noverify; leave one of them out.")
+    if flags.allow_gelu_change and flags.to != "torchvision":
+        raise UserError("--allow_gelu_change is for --to=torchvision; leave it out.")
 
     loaded = load_model(flags.source, **cli.weights_options(flags))
     print(loaded.report, flush=True)

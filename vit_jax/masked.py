@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax import cli
+from vit_jax import atomic, cli
 from vit_jax.analysis import figures
 from vit_jax.analysis.masked import picture, reconstruct
 from vit_jax.checkpoints.load import load_masked_model
@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> None:
                                  seed=flags.seed, pixels=pixels)
         except ValueError as error:
             raise UserError(f"--rate={flags.rate}: {error}") from None
-        with figures.style():
-            picture(result).savefig(flags.out)
+        with figures.style(), atomic.replacing(flags.out) as temporary:
+            picture(result).savefig(temporary)
         print(f"{len(images)} images are in {flags.out}.", file=sys.stderr)
     unreadable.check(paths)
 

@@ -26,6 +26,7 @@ from vit_jax.training.memory import (
     has_loop,
     resolve_mesh,
 )
+from vit_jax.training.optimizer import make_schedule
 from vit_jax.training.partition import batch_shards
 
 # Of a device's memory, what may be planned: JAX is given 90 % of it (launch/env/gpu.sh), and
@@ -64,10 +65,9 @@ def main(arguments: list[str]) -> None:
     """Runs the command; see `--help`."""
     overrides, rest = cli.split_overrides(arguments)
     flags = _parser().parse(rest)
-    for flag in ("config", "device"):
-        if getattr(flags, flag) is None:
-            names = f"NAME; there are {', '.join(d.name for d in DEVICES)}"
-            raise UserError(f"--{flag}={'FILE.py' if flag == 'config' else names} is missing.")
+    if flags.device is None:
+        raise UserError(f"--device=NAME is missing; there are "
+                        f"{', '.join(device.name for device in DEVICES)}.")
     for flag in ("devices", "devices_per_host", "images", "num_classes", "images_per_core"):
         value = getattr(flags, flag)
         if value is not None and not 1 <= value < math.inf:  # nan neither
@@ -90,6 +90,11 @@ def main(arguments: list[str]) -> None:
     memory = planner.memory(config, mesh)
     summary = summarize(planner.model, config_lib.image_size(config))
     steps = config.total_steps or max(1, round(config.epochs * images / config.batch_size))
+    make_schedule(config, steps)  # refuses what a run would
+    if config.parallelism == "pmap" and flags.devices > flags.devices_per_host:
+        raise UserError(
+            f"config.parallelism='pmap' supports only one process, but {flags.devices} devices "
+            f"are on several hosts of --devices_per_host={flags.devices_per_host}; use 'jit'.")
     cost = estimate_cost(config, summary, steps, flags.devices, device, flags.mfu)
 
     sections = [
@@ -128,7 +133,7 @@ def _parser():
         epilog="--config.KEY=VALUE changes the config, as in vit_jax.main. The exit code is 0 "
         "whenever the plan could be made, also if it does not fit.",
     )
-    parser.add_argument("--config", metavar="FILE.py[:ARGS]", help="the recipe")
+    parser.add_argument("--config", metavar="FILE.py[:ARGS]", required=True, help="the recipe")
     parser.add_argument("--devices", metavar="N", type=int, default=8,
                         help="accelerators in all, as JAX counts them (8)")
     parser.add_argument("--device", metavar="NAME",

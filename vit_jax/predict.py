@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vit_jax import cli
+from vit_jax import atomic, cli
 from vit_jax.checkpoints.load import Loaded, load_model
 from vit_jax.data import imagenet
 from vit_jax.data.folder import EXTENSIONS
@@ -183,14 +182,8 @@ def write_csv(predictions: Iterator[Prediction], names, paths: list[str]) -> Non
 def save_features(path: Path, predictions: list[Prediction], loaded: Loaded) -> None:
     """`features` float32 [N, D] and `files` [N]; the file is whole or not there."""
     features = np.stack([p.features for p in predictions])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, features=features, files=np.array([p.file for p in predictions], str))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, features=features, files=np.array([p.file for p in predictions], str))
     print(f"{len(predictions)} x {features.shape[1]} features are in {path}.", file=sys.stderr)
 
 

@@ -22,6 +22,7 @@ from vit_jax.data.preparing.shards import Options, OutputFile, Preparation, Tall
 from vit_jax.errors import UserError
 from vit_jax.training.metrics import format_seconds
 
+_QUALITY = 95
 _SHOWN = 10  # of what is left out; the rest of the files is in bad_files.txt
 _SECONDS_BETWEEN_LINES = 10
 _BAR = 20  # characters
@@ -49,8 +50,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--name", help="name of the data set; default: that of the input")
     parser.add_argument("--resize", metavar="PIXELS", type=int,
                         help="shrink images whose short side is longer, and store JPEGs")
-    parser.add_argument("--quality", metavar="Q", type=int, default=95,
-                        help="of the JPEGs that --resize writes, 1 to 100 (95)")
+    parser.add_argument("--quality", metavar="Q", type=int,
+                        help=f"of the JPEGs that --resize writes, 1 to 100 ({_QUALITY})")
     parser.add_argument("--workers", metavar="N", type=int, default=available_cores(),
                         help="threads; default: the cores this process may use")
     parser.add_argument("--shard", metavar="I/N", default="0/1",
@@ -62,8 +63,12 @@ def main(arguments: list[str]) -> None:
     for name in ("resize", "workers", "records_per_file"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)} must be at least 1.")
-    if not 1 <= flags.quality <= 100:
+    if flags.quality is not None and not 1 <= flags.quality <= 100:
         raise UserError(f"--quality={flags.quality} must be from 1 to 100.")
+    if flags.quality is not None and flags.resize is None:
+        raise UserError("--quality is that of the JPEGs that --resize writes; give --resize too, "
+                        "or leave it out.")
+    quality = _QUALITY if flags.quality is None else flags.quality
     part, parts = cli.parse_shard(flags.shard)
 
     print(f"Listing {flags.source} ...", flush=True)
@@ -71,7 +76,7 @@ def main(arguments: list[str]) -> None:
     preparation = Preparation(
         source, Path(os.path.abspath(os.path.expanduser(flags.out))),
         data_set_name(source, flags.name),
-        Options(flags.resize, flags.quality, flags.records_per_file))
+        Options(flags.resize, quality, flags.records_per_file))
     _check_apart(source, preparation.folder)
     if source.left_out:
         print(f"Ignored, since they are not folders of classes: {_enumerate(source.left_out)}.")

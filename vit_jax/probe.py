@@ -1,13 +1,12 @@
 """Probe features: python -m vit_jax.probe --checkpoint=PATH --data=SOURCE"""
 
 import json
-import os
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from vit_jax import cli
+from vit_jax import atomic, cli
 from vit_jax.checkpoints.load import load_model
 from vit_jax.data.pipeline import BadImages
 from vit_jax.data.sources import Source, open_splits
@@ -44,7 +43,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--what", metavar="PROBES", default=",".join(PROBES),
                         help="a subset of %(default)s")
     parser.add_argument("--shots", metavar="N,...", default=",".join(map(str, SHOTS)),
-                        help="images per class of the few-shot probe (%(default)s)")
+                        help="images per class of the few-shot probe, or all where there are fewer "
+                        "(%(default)s)")
     parser.add_argument("--batch_size", metavar="N", type=int, default=128,
                         help="images at once (%(default)s)")
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="also writes the results")
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
     if flags.out:
         what = {"checkpoint": flags.checkpoint, "image_size": list(size),
                 "train": train_source.name, "test": test_source.name}
-        write_json(flags.out, what | to_json(results))
+        atomic.write_text(flags.out, json.dumps(what | to_json(results), indent=2) + "\n")
 
 
 def open_data(flags, size: tuple[int, int]) -> tuple[Source, Source]:
@@ -146,17 +146,6 @@ def to_json(results: ProbeResults) -> dict:
     if results.linear is not None:
         values["linear"] = results.linear._asdict()
     return values
-
-
-def write_json(path: Path, values: dict) -> None:
-    """The file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import sys
 
 from vit_jax import cli
+from vit_jax.checkpoints.adapt import flatten, input_channels
 from vit_jax.checkpoints.load import load_model
 from vit_jax.checkpoints.names import is_name
 from vit_jax.config import base_config
@@ -53,14 +54,15 @@ def main(arguments: list[str]) -> None:
         loaded = load_model(flags.name, image_size=size, **classes)
         print(loaded.report, file=sys.stderr)
         model, size = loaded.model, tuple(loaded.metadata["preprocessing"]["image_size"])
+        channels = input_channels(flatten(loaded.params))
     else:
         config = base_config()
         config.model.variant = variant
         cli.apply_overrides(config, overrides)
-        size = size or (224, 224)
+        size, channels = size or (224, 224), 3
         classes = 1000 if flags.num_classes is None else flags.num_classes
         model = build_model(config, classes, size)
-    print(format_summary(summarize(model, size), flags.depth))
+    print(format_summary(summarize(model, size, channels), flags.depth))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from signal import SIGTERM
 import jax
 
 from vit_jax import cli
+from vit_jax.checkpoints.names import is_name
 from vit_jax.errors import UserError
 from vit_jax.sweeping.execution import Stopping, run_all, write_tables
 from vit_jax.sweeping.grid import load
@@ -42,6 +43,10 @@ def main(arguments: list[str]) -> None:
     part, parts = cli.parse_shard(flags.shard)
     workdir = Path(os.path.abspath(os.path.expanduser(flags.workdir)))
     sweep, runs = load(flags.config, overrides, flags.seeds)
+    for run in runs:  # now, not when the runs before it have taken days
+        start = run.config.init
+        if start and not is_name(start) and not os.path.exists(os.path.expanduser(start)):
+            raise UserError(f"The run {run.name}: config.init={start} does not exist.")
     # The devices are for the runs: a GPU that this process had taken would be missing there.
     jax.config.update("jax_platforms", "cpu")
 
@@ -61,8 +66,10 @@ def main(arguments: list[str]) -> None:
             print(f"Stopped by {stopping.signal.name}; run the same command to continue.",
                   file=sys.stderr)
             sys.exit(cli.EXIT_SAVED if stopping.signal == SIGTERM else 128 + stopping.signal)
+    beside = "results.csv and results.png are" if (workdir / "results.png").exists() else (
+        "results.csv is")
     print(f"\n{(workdir / 'results.md').read_text()}\nThis table is {workdir / 'results.md'}; "
-          "results.csv and results.png are beside it.")
+          f"{beside} beside it.")
     if busy:
         print(f"In progress in other processes: {', '.join(busy)}.")
     if failed:

@@ -111,9 +111,8 @@ def _prepare(config, workdir):
     pixels = pixel_statistics(config, told)
     plain = build_model(config, len(classes), size, fields)
     program = Program.of(config, plain, mesh, total_steps)
-    start = None
+    start, reset = None, config.init_head == "reset"
     if contents:
-        reset = config.init_head == "reset"
         start = fit(contents, program.model, size, config, classes, reset), contents.report
     return _Run(config, workdir, size, train_source, eval_source, total_steps, plain, program,
                 summarize(plain, size), pixels, stored), start
@@ -153,8 +152,9 @@ def _describe(run):
         kernel, reason = model.attention_kernel(run.size, train=True)
         attention = [f"Attention {kernel}" + (f" ({reason})" if reason else "")]
     return [
-        f"Devices   {mesh.size} {device.device_kind} ({jax.process_count()} process), mesh {axes}, "
-        f"{config.parallelism}, {config.dtype}",
+        f"Devices   {mesh.size} {device.device_kind}"
+        + (f" of {processes} processes" if (processes := jax.process_count()) > 1 else "")
+        + f", mesh {axes}, {config.parallelism}, {config.dtype}",
         *attention,
         f"Training  {run.train_source.name}: {images:,} images, "
         f"{run.total_steps:,} steps of {config.batch_size} "

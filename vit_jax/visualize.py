@@ -45,6 +45,7 @@ class View:
       heads: [k, L, heads, height, width]; see `attention.attention_maps`.
       distances: [n, L, heads]; see `attention.mean_distances`.
       tokens: [L + 1, m, D], some patches of the images, of many images only of some.
+      token_images: how many they are of.
     """
 
     files: list[str]
@@ -53,6 +54,7 @@ class View:
     heads: np.ndarray
     distances: np.ndarray
     tokens: np.ndarray
+    token_images: int
 
 
 def main(arguments: list[str]) -> None:
@@ -182,7 +184,7 @@ def look(loaded: Loaded, paths: list[str], unreadable: Unreadable) -> View:
     count = tokens.shape[1]
     if count > _EXAMPLES:  # `chosen` is rounded up, and at least 4
         tokens = tokens[:, np.arange(_EXAMPLES) * count // _EXAMPLES]
-    return View(files, np.stack(images), tokens=tokens,
+    return View(files, np.stack(images), tokens=tokens, token_images=-(-len(files) // every),
                 **{name: np.stack(values) for name, values in rows.items()})
 
 
@@ -246,7 +248,8 @@ def draw(
         "Linear centred kernel alignment (Kornblith et al. 2019, unbiased estimate) of the "
         "features of patches: 1 for layers that are equal up to rotation and scale, about 0 for "
         "layers that have nothing in common.",
-        [figures.similarity(cka, view.tokens.shape[1], len(files))], {"cka": np.float32(cka)})
+        [figures.similarity(cka, view.tokens.shape[1], view.token_images)],
+        {"cka": np.float32(cka)})
 
 
 def save(

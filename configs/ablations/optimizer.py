@@ -50,8 +50,8 @@ def get_config(argument: str = "B/16-i1k-300ep"):
         return config
     config = load_config(f"{CONFIGS}/pretrain_paper.py:{argument}")
     config.model.variant = "R50x1"
-    config.model.representation_size = None
-    config.model.dropout_rate = None
+    for key in ("representation_size", "dropout_rate", "scan_layers"):  # which a ResNet has not
+        config.model[key] = None
     return config
 
 

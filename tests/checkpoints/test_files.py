@@ -5,6 +5,7 @@ import ast
 import io
 import json
 import os
+import shutil
 import struct
 import sys
 import zipfile
@@ -125,6 +126,12 @@ def test_directory_with_one_file_of_any_name(tmp_path):
 @core
 def test_directories_that_do_not_say_which(tmp_path):
     assert "holds no weights file" in refused(tmp_path) and "nothing at all" in refused(tmp_path)
+    run = tmp_path / "run"
+    (run / "checkpoints" / "150").mkdir(parents=True)
+    (run / "config.json").touch()
+    for folder in (run / "checkpoints", run / "checkpoints" / "150"):
+        assert f"{folder} is inside the workdir of a run; give {run}, and for" in refused(folder)
+    shutil.rmtree(run)
     (tmp_path / "notes.txt").write_text("hello")
     assert "notes.txt" in refused(tmp_path)
     np.savez(tmp_path / "a.npz", **TENSORS)
@@ -400,7 +407,8 @@ def test_torch_views_and_parameters(tmp_path, torch):
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict", "teacher"])
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module.", "model."])
 def test_torch_wrappers(tmp_path, torch, wrapper, prefix):
     state = {prefix + name: tensor for name, tensor in as_torch(torch).items()}
     checkpoint = {wrapper: state, "optimizer": {"state": {}}, "epoch": 3,
@@ -419,6 +427,8 @@ def test_torch_averaged_weights_come_first_and_prefixes_must_be_common(tmp_path,
     assert file.tensors["a"] == 2 and file.unwrapped == ("model_ema", "backbone.")
     assert file.choices == (
         "the weights under 'model_ema', where the file also has some under 'model'",)
+    torch.save({"model": one, "model_ema": {}, "state_dict": {"name": "vit"}}, path)
+    assert read_tensors(path).unwrapped == ("model",) and not read_tensors(path).choices
     torch.save({"model": two | {"head.a": torch.ones(1)}, "model_ema": None}, path)
     assert set(read_tensors(path).tensors) == {"backbone.a", "head.a"}
 

@@ -77,6 +77,7 @@ def test_architectures_that_tell_nothing(tmp_path, architecture):
     save_directory(tmp_path, tiny_timm(), architecture=architecture)
     loaded = vit_jax.load_model(tmp_path)
     assert "activation gelu, as PyTorch has it" in loaded.report.assumptions
+    assert "no rotary position embedding beside the table" in loaded.report.assumptions
 
 
 @pytest.mark.parametrize("architecture, installed", [

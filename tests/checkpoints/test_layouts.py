@@ -117,6 +117,9 @@ def test_pooling(tmp_path):
     save_directory(tmp_path, module_of(fc_norm=False), global_pool="avg")
     with pytest.raises(UserError, match="global_pool='avg' and it has class token|has class token"):
         vit_jax.load_model(tmp_path)
+    save_directory(tmp_path, module_of(fc_norm=False), dict(global_pool="avg"))
+    with pytest.raises(UserError, match="global_pool='avg' and it has class token|has class token"):
+        vit_jax.load_model(tmp_path)
     save_directory(tmp_path, tiny_timm(), global_pool="max")
     with pytest.raises(UserError, match="global_pool='max'"):
         vit_jax.load_model(tmp_path)
@@ -178,6 +181,32 @@ def test_checkpoints_of_self_supervised_training(tmp_path, prefix, heads):
     account(loaded, [*module.state_dict(), *heads])
     assert loaded.report.dropped == [
         (name, (8, 16), "beside the backbone, as of self-supervised training") for name in heads]
+
+
+def test_a_classifier_on_a_backbone(tmp_path):
+    """Of one's own, as a training script for it may write."""
+    module = tiny_timm(num_classes=3)
+    state = {name if name.startswith("head.") else f"backbone.{name}": value
+             for name, value in module.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
+    loaded = vit_jax.load_model(tmp_path / "a.pth", num_heads=2)
+    assert_equal_output(loaded, module)
+    assert loaded.model.num_classes == 3 and not loaded.report.dropped
+
+
+@pytest.mark.parametrize("kind", ["ViTMAEForPreTraining", "ViTForMaskedImageModeling"])
+def test_hf_masked_pretraining(tmp_path, transformers, kind):
+    config = (transformers.ViTMAEConfig if "MAE" in kind else transformers.ViTConfig)(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        image_size=8, patch_size=4, encoder_stride=4, mask_ratio=0.0)
+    pretraining = randomise(getattr(transformers, kind)(config))
+    pretraining.save_pretrained(tmp_path)
+    encoder = pretraining.vit
+    dropped = [name for name, *_ in vit_jax.load_model(tmp_path).report.dropped]
+    assert dropped and all("decoder" in name or "mask_token" in name for name in dropped)
+    if "MAE" not in kind:  # whose patches come in random order
+        assert_equal_output(vit_jax.load_model(tmp_path), encoder,
+                            output=lambda out: out.last_hidden_state[:, 0])
 
 
 def test_mae(tmp_path):
@@ -265,12 +294,15 @@ def test_hf_classifier(tmp_path, transformers, options):
                         output=lambda out: out.logits)
     assert loaded.metadata["class_names"] == (
         ("cat", "dog", "owl") if "id2label" in options else None)
+    grey = "num_channels" in options
     assert loaded.metadata["preprocessing"] == dict(
-        image_size=list(size), crop="squash", resize=None, interpolation="bicubic",
-        antialias=True, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+        image_size=list(size), crop="squash", resize=None, interpolation="bicubic", antialias=True,
+        mean=pytest.approx([0.2] if grey else [0.1, 0.2, 0.3]),
+        std=pytest.approx([0.5] if grey else [0.4, 0.5, 0.6]))
     epsilon = [] if "layer_norm_eps" in options else [
         "LayerNorm epsilon 1e-06 in place of the config's 1e-12"]
-    assert loaded.report.assumptions == epsilon
+    assert loaded.report.assumptions == epsilon + grey * [
+        "mean 0.2, the average over [0.1, 0.2, 0.3]", "std 0.5, the average over [0.4, 0.5, 0.6]"]
     # transformers 5 has other names in memory than on disk.
     torch.save(module.state_dict(), tmp_path / "a.pth")
     memory = vit_jax.load_model(tmp_path / "a.pth", num_heads=2, image_size=size,
@@ -324,6 +356,9 @@ def test_hf_models_of_another_kind(tmp_path, transformers):
     assert_equal_output(vit_jax.load_model(tmp_path / "plain"), model,
                         output=lambda out: out.last_hidden_state.mean(1))
     told = json.loads((tmp_path / "plain" / "config.json").read_text())
+    transformers.Dinov2Model(transformers.Dinov2Config(**config)).save_pretrained(tmp_path / "v2")
+    with pytest.raises(UserError, match="model_type='dinov2', which may compute"):
+        vit_jax.load_model(tmp_path / "v2")
     write_json(tmp_path / "plain" / "config.json", told | {"model_type": "vitpose_backbone"})
     with pytest.raises(UserError, match="model_type='vitpose_backbone', which may compute"):
         vit_jax.load_model(tmp_path / "plain")

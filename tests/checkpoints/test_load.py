@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import io
+import json
 import shutil
 import threading
 
@@ -17,6 +18,7 @@ from tiny import __file__ as tiny_file
 import vit_jax
 from vit_jax.checkpoints.adapt import adapt
 from vit_jax.checkpoints.export import export_model
+from vit_jax.checkpoints.load import load_masked_model
 from vit_jax.checkpoints.report import LoadReport
 from vit_jax.checkpoints.resize import POSITION_MODES, resize_position_embedding
 from vit_jax.errors import UserError
@@ -307,6 +309,19 @@ def test_relative_positions_are_of_one_grid():
         adapt(params, model, (8, 32), old_grid=(4, 4), report=LoadReport("a", "vit_jax"))
 
 
+def test_positions_by_row_and_column_are_of_one_grid():
+    model = tiny(position_embedding="learned_2d")
+    params = flat(random_params(model, 16, 16))
+    with pytest.raises(UserError, match="a has learned_2d position embeddings, which cannot be"):
+        adapt(params, model, (8, 16), old_grid=(4, 4), report=LoadReport("a", "vit_jax"))
+
+
+def test_a_path_that_cannot_be_looked_at():
+    for load in (vit_jax.load_model, load_masked_model):
+        with pytest.raises(UserError, match="x cannot be read: File name too long"):
+            load("/tmp/" + 300 * "x")
+
+
 def test_channels_of_mean_and_std(tmp_path):
     """They are averaged, so that exports have one each for one channel."""
     path = google_npz(tmp_path / "a.npz", random_params(tiny(), 16, 16))
@@ -321,6 +336,10 @@ def test_channels_of_mean_and_std(tmp_path):
     assert back.metadata["preprocessing"] == preprocessing
     told = vit_jax.load_model(tmp_path / "timm", channels=1, mean=[0.5])
     assert told.metadata["preprocessing"]["mean"] == [0.5]
+    config = json.loads((tmp_path / "grey" / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.6]}  # as timm's default has three
+    (tmp_path / "grey" / "config.json").write_text(json.dumps(config))
+    assert vit_jax.load_model(tmp_path / "grey").metadata["preprocessing"] == preprocessing
     same = vit_jax.load_model(tmp_path / "timm", channels=3)
     assert same.metadata["preprocessing"]["mean"] == [0.1, 0.2, 0.6]
 
@@ -379,7 +398,10 @@ def test_gap_in_place_of_the_class_token(path):
     (dict(num_layers=3), "missing Transformer/encoderblock_2/LayerNorm_0/bias [16]"),
     (dict(layer_scale=0.1), "missing Transformer/encoderblock_0/LayerScale_0/gamma [16]"),
     (dict(register_tokens=2), "missing register_tokens [1, 2, 16]"),
-    (dict(channels=-1), "channels=-1 must be at least 1."),
+    (dict(channels=-1), "channels=-1 must be a whole number of at least 1."),
+    (dict(channels=1.5), "channels=1.5 must be a whole number"),
+    (dict(num_heads=0), "num_heads=0 must be a whole number"),
+    (dict(patch_size=0), "patch_size=0 must be a whole number"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_changes_that_cannot_be(path, options, message):
     with pytest.raises(UserError) as error:

@@ -221,7 +221,7 @@ def test_empty_class(tmp_path, split):
     for i in range(4):
         (root / "dog" / f"{i}.jpg").rename(root / "dog" / f"{i}.txt")
     message = refusal(tmp_path if split else root)
-    assert f"class 'dog' is empty: {root}/dog holds no .jpg, .jpeg, .png, .webp or .bmp" in message
+    assert f"class 'dog' is empty: {root}/dog holds no .jpg, .jpeg, .jfif, .png" in message
     assert "add images or remove the folder" in message
 
 
@@ -257,10 +257,13 @@ def test_missing_split(tmp_path):
 def test_split_folder_of_another_name_is_not_passed_over(tmp_path):
     """Holding out a tenth of `train` would leave the user's own validation images unused."""
     fill(tmp_path / "train", cat=30, dog=40)
-    fill(tmp_path / "validation", cat=3, dog=4)
+    fill(tmp_path / "dev", cat=3, dog=4)
     message = refusal(tmp_path)
-    assert "neither a folder 'val' nor a folder 'test' beside 'train', 'validation'" in message
-    assert len(both(tmp_path, eval_split="validation")[1]) == 7
+    assert "neither a folder 'val' nor a folder 'test' beside 'dev', 'train'" in message
+    assert len(both(tmp_path, eval_split="dev")[1]) == 7
+    for split, images in (("test", 2), ("validation", 3), ("valid", 4), ("val", 5)):
+        fill(tmp_path / split, cat=images)  # each before those that came earlier
+        assert both(tmp_path)[1].split == split and len(both(tmp_path)[1]) == images
     fill(tmp_path / "validation", eel=1)
     assert "class 'eel'" in refusal(tmp_path, eval_split="validation")
 
@@ -271,6 +274,21 @@ def test_split_folders_are_not_taken_for_classes(tmp_path):
     message = refusal(tmp_path)
     assert "'Training', 'Validation' look like splits" in message
     assert "call them 'train', 'val' and 'test'" in message
+    fill(tmp_path, Meta=5)  # nor beside other folders
+    assert "'Training', 'Validation' look like splits" in refusal(tmp_path)
+    fill(tmp_path / "classes", Test=5, Train=5, Walk=5)
+    assert both(tmp_path / "classes")[0].class_names == ("Test", "Train", "Walk")
+
+
+def test_images_in_other_formats_are_named(tmp_path, caplog):
+    fill(tmp_path, cat=3, dog=3)
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/c.tiff", "dog/notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "cat" / "0.jpg").rename(tmp_path / "cat" / "0.JFIF")
+    assert sum(len(split) for split in both(tmp_path)) == 6
+    assert set(caplog.messages) == {
+        f"folder:{tmp_path}: images in formats that are not read are left out (2 .heic, 1 .tiff); "
+        "convert them to JPEG or PNG to use them"}
 
 
 def test_too_few_images_to_hold_any_out(tmp_path):

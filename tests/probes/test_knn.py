@@ -44,7 +44,7 @@ def test_parts_of_the_test_images(monkeypatch):
     """What does not fit into memory at once is done in parts, the last one padded."""
     train, test = blobs(300, 0), blobs(211, 1)
     whole = knn.knn_accuracy(train, test, 5)
-    monkeypatch.setattr(knn, "_SIMILARITIES", 300 * 50)
+    monkeypatch.setattr(knn, "_AT_ONCE", 300 * 50)
     assert knn.knn_accuracy(train, test, 5) == whole
 
 

@@ -69,10 +69,18 @@ def test_seeds_begin_with_the_configs(sweep_file):
     ({"a": {"b": {"model.num_heads": 1}}}, {"model.num_heads": "4"},
      r"--config.model.num_heads is what this sweep varies \(a, b: 1\)"),
     ({"a b": {"c": {}}, "a-b": {"c": {"batch_size": 8}}}, {}, "both called a-b-c-seed0"),
+    ({"a": {1: {"seed": 1}, 2: {"seed": 2}}}, {}, "The run a, 1: seed is what --seeds varies"),
+    ({"a": {"batch_size": 8}}, {}, r"sweep.py: cells\['a'\] .* a dict of config keys for each"),
+    ({"a": 0.1}, {}, r"cells\['a'\] .* not 0.1"),
 ])
 def test_grids_that_cannot_be(sweep_file, cells, overrides, message):
     with pytest.raises(UserError, match=message):
         grid.load(sweep_file(cells), overrides, 1)
+
+
+def test_a_misspelt_axis():
+    with pytest.raises(UserError, match="x='flop' of the sweep must be 'columns' or 'flops'"):
+        grid.Sweep("Title", "row", "column", {}, x="flop")
 
 
 def test_settings_survive_the_command_line():

@@ -75,6 +75,8 @@ def test_a_run_in_two_cells_is_in_both(make, tmp_path):
 @pytest.mark.parametrize("columns, x, scale, ticks", [
     (("stem", "all"), "columns", "linear", ["stem", "all"]),
     ((3e-4, 1e-3), "columns", "log", ["0.0003", "0.001"]),
+    ((0, 0.1), "columns", "linear", ["0", "0.1"]),  # 0 has no place on a logarithmic axis
+    ((True, False), "columns", "linear", ["False", "True"]),
     ((1, 2), "flops", "log", None),
 ])
 def test_figure(make, tmp_path, monkeypatch, columns, x, scale, ticks):
@@ -117,6 +119,7 @@ def test_another_metric(make, tmp_path):
 
 
 def test_nothing_is_finished(make, tmp_path):
+    (tmp_path / "results.png").write_text("of another config")
     results.write(tmp_path, NAMED, make(NAMED, {}))
     assert "0 of 6 runs are finished" in (tmp_path / "results.md").read_text()
     assert not (tmp_path / "results.png").exists()
@@ -127,7 +130,7 @@ def test_only_results_of_this_config_count(make, tmp_path):
     run = make(NAMED, ACCURACIES)[0]
     for key, value, counts in (
             ("optimizer.learning_rate", 0.2, False), ("total_steps", 12, False),
-            ("data.workers", 2, True), ("eval_every", 1, True)):
+            ("probes.shots", (5,), False), ("data.workers", 2, True), ("eval_every", 1, True)):
         config = run.config.copy_and_resolve_references().unlock()
         config_lib.set_value(config, key, value)
         found = results.read(tmp_path, Run(run.name, run.cells, 0, {}, config))

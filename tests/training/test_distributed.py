@@ -107,6 +107,7 @@ def test_open_mpi_5(initialized, monkeypatch):
     (dict(num_processes=2, process_id=0), "--coordinator is missing"),
     (dict(coordinator="a", num_processes=2, process_id=0), "--coordinator=a is not HOST:PORT"),
     (dict(coordinator="a:1", num_processes=2, process_id=2), "--process_id=2 must be"),
+    (dict(cluster="none", num_processes=2), "--num_processes has no effect with --cluster=none"),
 ])  # fmt: skip
 def test_mistakes(initialized, arguments, message):
     with pytest.raises(UserError, match=message):
@@ -127,6 +128,12 @@ def test_no_connection(monkeypatch, initialized):
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     with pytest.raises(UserError, match="through a:1: DEADLINE_EXCEEDED: barrier. Check"):
         distributed.start(coordinator="a:1", num_processes=2, process_id=1)
+
+
+def test_a_cluster_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("jax.distributed.initialize", lambda **_: {}["SLURM_JOB_ID"])
+    with pytest.raises(UserError, match="--cluster=slurm: the environment variable 'SLURM_JOB_ID'"):
+        distributed.start(cluster="slurm")
 
 
 @pytest.mark.parametrize("names", [

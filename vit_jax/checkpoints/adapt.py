@@ -21,6 +21,12 @@ flatten = functools.partial(flatten_dict, sep="/")
 nest = functools.partial(unflatten_dict, sep="/")
 
 
+def input_channels(params: Params) -> int:
+    """Channels of the images that a model with these parameters, by path, takes."""
+    return params["conv_root/kernel" if "conv_root/kernel" in params else "embedding/kernel"
+                  ].shape[2]
+
+
 def expected_shapes(model: nn.Module, size: tuple[int, int], channels: int) -> dict[str, tuple]:
     """Path -> shape of the model's parameters for images of (height, width), blocks unstacked.
 
@@ -91,6 +97,10 @@ def adapt(
             raise UserError(
                 f"{report.source} has relative position embeddings of {old_grid[0]}x{old_grid[1]} "
                 f"patches, which cannot be resized; keep its image size.")
+        if path.endswith(("/row_embedding", "/column_embedding")) and shape not in (
+                None, tensor.shape):
+            raise UserError(f"{report.source} has learned_2d position embeddings, which cannot be "
+                            "resized; keep its image size.")
         is_positions = path.endswith("/posembed_input/pos_embedding")  # at the stem or in a block
         if is_positions:
             prefix = int("cls" in params)

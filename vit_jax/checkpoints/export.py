@@ -20,7 +20,7 @@ import safetensors.numpy
 
 import vit_jax
 from vit_jax.checkpoints import card, epsilon, google, output, targets
-from vit_jax.checkpoints.adapt import flatten
+from vit_jax.checkpoints.adapt import flatten, input_channels
 from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.load import Loaded
 from vit_jax.checkpoints.output import REPORT
@@ -154,8 +154,7 @@ def export_model(
         else loaded.model
     params = {path: np.asarray(x, np.float32)
               for path, x in flatten(unstack_blocks(loaded.params)).items()}
-    channels = next(params[p] for p in ("conv_root/kernel", "embedding/kernel")
-                    if p in params).shape[2]
+    channels = input_channels(params)
     targets.check(target, model, size, channels, match_eps=match_eps, dtype=dtype,
                   allow_gelu_change=allow_gelu_change)
     out = Path(os.path.realpath(os.path.expanduser(out)))
@@ -202,7 +201,7 @@ def export_model(
         warnings=_warnings(target, model, params, loaded.metadata, class_names),
         model=model_to_json(model), preprocessing=preprocessing,
         class_names=class_names, loss=loaded.metadata.get("loss"),
-        load=str(loaded.report).splitlines(), verification=Verification(reason="not asked for"))
+        load=str(loaded.report).splitlines(), verification=Verification(reason="--noverify"))
     with output.temporary(out) as temporary:
         if target == "npz":
             with temporary.open("wb") as file:  # np.savez would append .npz to a name
@@ -335,8 +334,8 @@ def _lost_in_npz(model, preprocessing, class_names):
     if class_names:
         warnings.append(f"an npz cannot hold the names of the {len(class_names)} classes, and no "
                         f"option of load_model takes them; NAME.{REPORT} beside NAME has them")
-    for part in ("register_tokens", "layer_scale"):
-        if getattr(model, part, None):
+    for part, none in (("register_tokens", 0), ("layer_scale", None)):
+        if getattr(model, part, none) != none:
             warnings.append(f"only vit_jax reads {part.replace('_', ' ')} from an npz")
     return warnings
 

@@ -35,7 +35,7 @@ _SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 # Where training scripts put the state dict, averaged weights first (as timm prefers them), and what
 # wrappers of a module put before its names. One name is taken; "teacher" is DINO's average.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "teacher")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 # A file of less than 1 GiB of tensors is always read. A larger one may unpack to at most 100 times
 # its own size: weights hardly compress, and zip reaches 1000 on zeros only.
@@ -111,6 +111,10 @@ def _weights_in(folder: Path) -> Path:
         return folder / found[0]
     if found:
         raise UserError(f"{folder} holds several weights files ({_some(found)}); name one of them.")
+    for above in (folder.parent, folder.parent.parent):
+        if (above / "config.json").is_file() and (above / "checkpoints") in (folder, folder.parent):
+            raise UserError(f"{folder} is inside the workdir of a run; give {above}, and for its "
+                            "best checkpoint --best (in Python: checkpoint='best').")
     raise UserError(
         f"{folder} holds no weights file (*{', *'.join(_SUFFIXES)}) but "
         f"{_some(names) or 'nothing at all'}; give the file or the folder it lies in."
@@ -285,7 +289,8 @@ def _read_torch(path: Path) -> TensorFile:
         raise
     unwrapped, choices, config = (), (), None
     if isinstance(loaded, dict):
-        found = tuple(key for key in _WRAPPERS if isinstance(loaded.get(key), dict))
+        found = tuple(key for key in _WRAPPERS if isinstance(loaded.get(key), dict)
+                      and any(map(torch.is_tensor, loaded[key].values())))
         unwrapped = found[:1]
         choices = tuple(f"the weights under {found[0]!r}, where the file also has some under "
                         f"{other!r}" for other in found[1:])
@@ -320,6 +325,12 @@ def _without_wrapper(file: TensorFile) -> TensorFile:
     for prefix in 2 * _PREFIXES:  # wrapped in either order
         if "backbone.patch_embed.proj.weight" in tensors:  # DINO's and DINOv2's, beside their heads
             beside = [name for name in tensors if not name.startswith("backbone.")]
+            width = tensors["backbone.patch_embed.proj.weight"].shape[:1]
+            if {*beside} == {"head.weight", "head.bias"} and (
+                    tensors["head.weight"].shape[1:] == width):  # a classifier of one's own
+                beside = []
+                for name in ("head.weight", "head.bias"):
+                    tensors[f"backbone.{name}"] = tensors.pop(name)
             dropped += tuple((name, tensors.pop(name).shape, "beside the backbone, as of "
                               "self-supervised training") for name in beside)
         if tensors and all(name.startswith(prefix) for name in tensors):

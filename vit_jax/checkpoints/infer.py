@@ -169,7 +169,7 @@ def classifier(
     Raises:
       UserError: a config that says something else.
     """
-    pool = (config or {}).get("global_pool")
+    pool = global_pool(config)
     mine = "token" if structure.class_token else "gap"
     if pool not in (None, "token" if structure.class_token else "avg"):
         has = "has" if structure.class_token else "has no"
@@ -182,9 +182,15 @@ def classifier(
     return mine
 
 
+def global_pool(config: Mapping[str, Any] | None) -> str | None:
+    """What timm's config says; its arguments come before what the weights were made with."""
+    config = config or {}
+    return (config.get("model_args") or {}).get("global_pool", config.get("global_pool"))
+
+
 def _is_nameless(config, report):
-    """Whether this is one of timm's many models, and nothing says which."""
-    return report.dialect == "timm" and not (config or {}).get("architecture")
+    """Whether this is one of timm's many models, and nothing known says which."""
+    return report.dialect == "timm" and not _architecture(config or {})
 
 
 def with_class_slot(

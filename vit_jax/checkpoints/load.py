@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_jax.buckets import refuse_bucket
 from vit_jax.checkpoints import epsilon, files, google, infer, layouts, names
-from vit_jax.checkpoints.adapt import adapt, flatten, nest
+from vit_jax.checkpoints.adapt import adapt, flatten, input_channels, nest
 from vit_jax.checkpoints.download import download
 from vit_jax.checkpoints.report import LoadReport
 from vit_jax.checkpoints.resize import POSITION_MODES
@@ -42,8 +42,9 @@ class Loaded:
         `model.apply({'params': params}, images, train=False)`.
       metadata: `preprocessing` (image_size, crop, resize, interpolation, antialias, mean, std),
         `class_names` (or None), `position_resize` (the mode, if the position embedding was resized
-        now or for the run; else None), `dialect`, and `loss`, 'softmax' or 'sigmoid' where a
-        workdir or Hugging Face's problem_type tells (else None).
+        now, or the one that the run's config.init was read with; else None), `dialect`, and
+        `loss`, 'softmax' or 'sigmoid' where a workdir or Hugging Face's problem_type tells (else
+        None).
       report: what happened to every tensor.
     """
 
@@ -108,6 +109,7 @@ def load_model(
       UserError: unreadable, not a ViT, or tensors that are missing or unexpected.
     """
     image_size, trained_size = _pair("image_size", image_size), _pair("trained_size", trained_size)
+    _check_values(fields | {"position_resize": position_resize}, channels)
     contents = read(path, num_heads=fields.get("num_heads"), trained_size=trained_size,
                     image_size=image_size, checkpoint=checkpoint, ema=ema)
     report = contents.report
@@ -116,7 +118,6 @@ def load_model(
         if key not in known:
             raise UserError(f"load_model has no option {key!r}"
                             f"{did_you_mean(key, known | load_model.__kwdefaults__.keys())}")
-    _check_values(fields | {"position_resize": position_resize}, channels)
     if "dtype" in fields:
         fields["dtype"] = jnp.dtype(fields["dtype"])
     model = contents.module(**(contents.fields | fields))
@@ -126,14 +127,13 @@ def load_model(
         raise UserError(f"trained_size={trained_size}, but {report.source} is of "
                         f"{old_size[0]}x{old_size[1]}; leave it out.")
     size = image_size or old_size
-    old_channels = _channels(contents.params)
-    channels = channels or old_channels
+    channels = channels or input_channels(contents.params)
     params = adapt(
         contents.params, model, size, old_grid=contents.grid, report=report, channels=channels,
         position_resize=position_resize, reset_head=reset_head)
     head_is_new = any(path == "head/kernel" for path, *_ in report.reset)
     told = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
-    for key in ("mean", "std") if channels != old_channels else ():
+    for key in ("mean", "std"):
         value = contents.preprocessing[key]
         if key not in told and isinstance(value, (list, tuple)) and len(value) != channels:
             told[key] = [sum(value) / len(value)] * channels
@@ -167,8 +167,10 @@ def _check_values(given, channels):
         if key in given and given[key] not in choices:
             raise UserError(f"{key}={given[key]!r} is not one of {', '.join(choices)}"
                             f"{did_you_mean(str(given[key]), choices)}")
-    if channels is not None and channels < 1:
-        raise UserError(f"channels={channels} must be at least 1.")
+    counts = {"channels": channels} | {key: given.get(key) for key in ("num_heads", "patch_size")}
+    for key, value in counts.items():
+        if value is not None and not _is_count(value):
+            raise UserError(f"{key}={value!r} must be a whole number of at least 1.")
     try:
         valid = jnp.issubdtype(jnp.dtype(given.get("dtype", "float32")), jnp.floating)
     except TypeError:
@@ -177,9 +179,11 @@ def _check_values(given, channels):
         raise UserError(f"dtype={given['dtype']!r} is none of float32, bfloat16 and float16.")
 
 
-def _channels(params):
-    return params["conv_root/kernel" if "conv_root/kernel" in params else "embedding/kernel"
-                  ].shape[2]
+def _is_count(value):
+    try:
+        return operator.index(value) >= 1
+    except TypeError:
+        return False
 
 
 def _layout(params, model):
@@ -222,7 +226,7 @@ def read(
         return contents
     refuse_bucket("checkpoint", str(path))
     path = Path(os.path.expanduser(path))
-    if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
+    if _is_workdir(path):
         return _read_workdir(path, checkpoint, ema)
     file = files.read_tensors(path)
     if checkpoint != "last" or ema:
@@ -245,6 +249,13 @@ def read(
                         f"({error}).") from error
 
 
+def _is_workdir(path):
+    try:
+        return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
+    except OSError as error:
+        raise UserError(f"{str(path):.200} cannot be read: {error.strerror}.") from error
+
+
 def load_masked_model(path: str | Path, *, checkpoint: str = "last", ema: bool = False) -> Loaded:
     """The model with its mask token and predictions, from the workdir of a run with
     config.task='masked_patches'; `load_model` gives what it is for, the features.
@@ -253,7 +264,7 @@ def load_masked_model(path: str | Path, *, checkpoint: str = "last", ema: bool =
       UserError: no such workdir.
     """
     path = Path(os.path.expanduser(path))
-    if not (path / "config.json").is_file():
+    if not _is_workdir(path):
         raise UserError(f"{path} is not the workdir of a run; masked predictions need one with "
                         "config.task='masked_patches'.")
     meta, params, step = _restore_workdir(path, checkpoint, ema)
@@ -327,10 +338,12 @@ def _read_pytorch(file, library, report, num_heads, sizes):
     if len(tensors) < len(file.tensors):
         raise UserError(f"{file.path} holds some tensors twice, under different names.")
     structure = layouts.structure_of(library, tensors)
-    if not structure.num_layers:
-        raise UserError(f"{file.path} has no Transformer blocks of {library}'s names.")
     infer.check_architecture(file.config, structure, report)
-    if "fc_norm.weight" in tensors and (file.config or {}).get("global_pool") == "token":
+    if not structure.num_layers:
+        raise UserError(f"{file.path} has no Transformer blocks of {library}'s names; its tensors "
+                        f"are called {', '.join(f'{name:.80}' for name in list(tensors)[:3])}, "
+                        "...")
+    if "fc_norm.weight" in tensors and infer.global_pool(file.config) == "token":
         # LayerNorm after the class token was picked is LayerNorm before.
         tensors = {re.sub(r"^fc_norm\.", "norm.", name): x for name, x in tensors.items()}
     if "fc_norm.weight" in tensors:
@@ -338,7 +351,8 @@ def _read_pytorch(file, library, report, num_heads, sizes):
             f"{file.path} normalises after pooling (timm's fc_norm); this model, as Google's, "
             "pools after its last LayerNorm, so it cannot give the same numbers.")
     for name in list(tensors):
-        if name in ("mask_token", "vit.embeddings.mask_token") or name.startswith("decoder_"):
+        if name in ("mask_token", "vit.embeddings.mask_token") or name.startswith(
+                ("decoder_", "decoder.")):
             report.dropped.append((name, tensors.pop(name).shape, "of masked pretraining"))
         elif name.startswith("vit.pooler.") and structure.head:
             report.dropped.append((name, tensors.pop(name).shape, "the head does not use it"))

@@ -30,7 +30,7 @@ def check_out(out: Path, target: str, overwrite: bool) -> None:
             raise UserError(f"{out} is a directory; --to=npz writes a file: --out=DIR/NAME.npz.")
     elif not out.is_dir():
         raise UserError(f"{out} is a file; --to={target} writes a directory.")
-    elif not any(out.iterdir()):
+    elif not (names := _names_in(out)):
         return
     else:
         mark, where = out / REPORT, f"it has no {REPORT}"
@@ -38,11 +38,18 @@ def check_out(out: Path, target: str, overwrite: bool) -> None:
         raise UserError(f"{out} is not an earlier export ({where}), so --overwrite keeps it; "
                         "choose another --out.")
     if overwrite and target != "npz" and (
-            others := sorted(path.name for path in out.iterdir() if path.name not in _OF_EXPORTS)):
+            others := [name for name in names if name not in _OF_EXPORTS]):
         raise UserError(f"{out} holds more than an earlier export ({', '.join(others[:5])}), which "
                         "--overwrite would delete; move it away, or choose another --out.")
     if not overwrite:
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite.")
+
+
+def _names_in(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}.") from error
 
 
 def beside(out: Path) -> Path:

@@ -148,7 +148,7 @@ def timm_architecture(
     if channels != 3:
         args["in_chans"] = channels
     if model.layer_scale is not None:
-        args["init_values"] = model.layer_scale
+        args["init_values"] = model.layer_scale or 1e-5  # 0 would be none at all
     if model.register_tokens:
         args |= {"reg_tokens": model.register_tokens, "no_embed_class": True}
     if model.position_embedding == "none":

@@ -17,10 +17,9 @@ from vit_jax.checkpoints import files, google, targets
 from vit_jax.checkpoints.adapt import nest
 from vit_jax.checkpoints.libraries import LOADERS, Function, Unavailable, first_line, in_batches
 from vit_jax.data.decode import BadImageError, decode_image
-from vit_jax.data.folder import EXTENSIONS
 from vit_jax.data.pipeline import eval_crop
 from vit_jax.errors import UserError
-from vit_jax.images import eval_config
+from vit_jax.images import Unreadable, eval_config, find_images
 from vit_jax.training.step import Pixels, normalize
 
 # Largest allowed difference of a logit, times the spread of the logits where that exceeds 1.
@@ -65,7 +64,10 @@ class Verification:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        rows = [("tensors", f"{self.tensors[0]} of {self.tensors[1]} read back bit for bit")]
+        rows = []
+        if self.tensors[1]:
+            rows.append(
+                ("tensors", f"{self.tensors[0]} of {self.tensors[1]} read back bit for bit"))
         if self.max_difference is not None:
             random, given = self.images
             rows += [
@@ -220,20 +222,22 @@ def random_images(size: tuple[int, int], channels: int) -> np.ndarray:
         -1, 1, (RANDOM_IMAGES, *size, channels)).astype(np.float32)
 
 
+class _AllReadable(Unreadable):
+    """Raises UserError for the first image that is not."""
+
+    def report(self, origin: str, reason: str | Exception) -> None:
+        raise UserError(f"{origin} cannot be read: {getattr(reason, 'strerror', None) or reason}.")
+
+
 def read_images(paths: Iterable[str | Path], preprocessing: Mapping[str, Any]) -> np.ndarray:
-    """Image files, and those in folders, as the model wants them: float32 [N, H, W, 3].
+    """Image files, and those in folders (see `find_images`), as the model wants them: float32
+    [N, H, W, 3].
 
     Raises:
       UserError: no such file, no image in a folder, or an image that cannot be decoded.
     """
-    found = []
-    for path in map(Path, paths):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS
-                        ) if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"{path} holds no images.")
-        found += inside
-    return np.stack([_preprocess(path, preprocessing) for path in found])
+    found = find_images(list(map(str, paths)), _AllReadable())
+    return np.stack([_preprocess(Path(path), preprocessing) for path in found])
 
 
 def _preprocess(path, preprocessing):

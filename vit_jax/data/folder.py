@@ -5,7 +5,9 @@
 """
 
 import hashlib
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,8 +16,10 @@ from vit_jax.buckets import refuse_bucket
 from vit_jax.data.records import Record, missing_split, read_file, stratified_split
 from vit_jax.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif")
 
+_UNREAD = (".avif", ".heic", ".heif", ".jp2", ".tif", ".tiff")  # images all the same
+EVAL_SPLITS = ("val", "valid", "validation", "test")  # the first of them that there is
 _SPLITS = ("train", "val", "test")
 _LOOKS_LIKE_A_SPLIT = {
     "train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing",
@@ -49,7 +53,7 @@ class Folder:
         self._parts = None
 
     def default_eval_split(self) -> str:
-        for split in ("val", "test"):
+        for split in EVAL_SPLITS:
             if split in self.split_names():
                 return split
         raise UserError(
@@ -81,9 +85,11 @@ class Folder:
         trained on them, whichever split is evaluated."""
         if not self._has_splits:
             names, root = self._folders, self._path
-            if names and {name.lower() for name in names} <= _LOOKS_LIKE_A_SPLIT:
+            splits = [name for name in names if name.lower() in _LOOKS_LIKE_A_SPLIT]
+            # A class of such a name holds images, not folders.
+            if splits and (splits == names or any(map(subfolders, map(self._join, splits)))):
                 raise UserError(
-                    f"{self._where}: the folders {', '.join(map(repr, names))} look like splits, "
+                    f"{self._where}: the folders {', '.join(map(repr, splits))} look like splits, "
                     "not like classes; call them 'train', 'val' and 'test'."
                 )
         elif "train" in self._folders:
@@ -101,7 +107,7 @@ class Folder:
                 "subfolder for each of at least two classes."
             )
         if self._has_splits:
-            for split in set(_SPLITS) & set(self._folders):
+            for split in {*EVAL_SPLITS} & {*self._folders}:
                 self._check_classes(split, names)
         return tuple(names)
 
@@ -172,7 +178,7 @@ def _labelled_images(
     root: str, class_names: tuple[str, ...], present: Iterable[str]
 ) -> tuple[list[str], np.ndarray]:
     """Paths [n] and labels int32 [n] of the classes `present` under `root`, class by class."""
-    paths, labels = [], []
+    paths, labels, unread = [], [], Counter()
     present = set(present)
     if not present:
         raise _no_classes(f"folder:{root}", root)
@@ -180,7 +186,7 @@ def _labelled_images(
         if name not in present:
             continue
         folder = os.path.join(root, name)
-        images = list_images(folder)
+        images = list_images(folder, unread=unread)
         if not images:
             raise UserError(
                 f"class {name!r} is empty: {folder} holds no {_extensions()} file; add images or "
@@ -188,21 +194,35 @@ def _labelled_images(
             )
         paths += images
         labels += [label] * len(images)
+    if unread:
+        logging.getLogger(__name__).warning(
+            "folder:%s: images in formats that are not read are left out (%s); convert them to "
+            "JPEG or PNG to use them", root,
+            ", ".join(f"{number:,} {extension}" for extension, number in sorted(unread.items())))
     return paths, np.array(labels, np.int32)
 
 
-def list_images(folder: str, inside: frozenset[str] = frozenset()) -> list[str]:
+def list_images(folder: str, inside: frozenset[str] = frozenset(),
+                unread: Counter | None = None) -> list[str]:
     """The images in a folder and its subfolders, in an order that does not depend on the file
-    system."""
+    system.
+
+    Args:
+      folder: its path.
+      inside: real paths of the folders around it.
+      unread: counts files of other image formats, by extension.
+    """
     here = os.path.realpath(folder)
     if here in inside:  # a symbolic link to one of its own parents
         return []
     found = []
     for entry in _entries(folder):
         if is_folder(entry):
-            found += list_images(entry.path, inside | {here})
+            found += list_images(entry.path, inside | {here}, unread)
         elif entry.name.lower().endswith(EXTENSIONS):
             found.append(entry.path)
+        elif unread is not None and entry.name.lower().endswith(_UNREAD):
+            unread[os.path.splitext(entry.name)[1].lower()] += 1
     return found
 
 

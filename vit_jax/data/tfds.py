@@ -170,7 +170,9 @@ def _find(name: str, dir: str | None) -> str:
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         raise UserError(
-            f"tfds:{name}: {came_from}, {root}, does not exist; set config.data.dir to where "
+            f"tfds:{name}: {came_from}, {root}, "
+            f"{'is not a folder' if os.path.exists(root) else 'does not exist'}; set "
+            "config.data.dir to where "
             f"TFDS data sets are, or prepare it: {_prepare(name)}."
         )
     if os.path.exists(os.path.join(root, "dataset_info.json")):

@@ -49,7 +49,7 @@ class Summary:
     needed_flops: int
 
 
-def summarize(model: nn.Module, image_size: tuple[int, int]) -> Summary:
+def summarize(model: nn.Module, image_size: tuple[int, int], channels: int = 3) -> Summary:
     """Traces the forward pass for one image; nothing is computed, so any size takes seconds.
 
     FLOPs are those of matrix products and convolutions, counted as 2 per multiply-add (padding
@@ -59,14 +59,15 @@ def summarize(model: nn.Module, image_size: tuple[int, int]) -> Summary:
     Args:
       model: a model of `create_model`.
       image_size: height and width in pixels.
+      channels: of the image.
 
     Raises:
       ValueError: the image size does not fit the model.
     """
     if getattr(model, "attention_implementation", "xla") != "xla":
         model = model.clone(attention_implementation="xla")  # same products, seen by the tracer
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    params = params_shapes(model, image_size)
+    images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
+    params = params_shapes(model, image_size, channels)
 
     shapes = {}  # of every module's output, in the order of the calls
 

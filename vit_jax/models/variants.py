@@ -107,6 +107,12 @@ def canonical_name(name: str) -> str:
     )
 
 
+def model_options(name: str) -> set[str]:
+    """What `create_model` takes for this model, besides its classes. ValueError if unknown."""
+    module, _ = VARIANTS[canonical_name(name)]
+    return {f.name for f in dataclasses.fields(module)} - {"num_classes", "parent", "name"}
+
+
 def create_model(name: str, *, num_classes: int, **overrides) -> nn.Module:
     """Builds a model by name.
 
@@ -122,7 +128,7 @@ def create_model(name: str, *, num_classes: int, **overrides) -> nn.Module:
       ValueError: unknown variant, option, or value of an option.
     """
     module, fields = VARIANTS[canonical_name(name)]
-    known = {f.name for f in dataclasses.fields(module)} - {"num_classes", "parent", "name"}
+    known = model_options(name)
     for key, value in overrides.items():
         if key not in known:
             raise ValueError(

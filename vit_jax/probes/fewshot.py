@@ -86,11 +86,15 @@ def least_squares(
     features = features.astype(np.float64)
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-5
     x = np.pad((features - mean) / std, ((0, 0), (0, 1)), constant_values=BIAS)
-    y = 2.0 * (labels[:, None] == np.arange(num_classes)) - 1.0
     images, width = x.shape
     if images >= width:
-        solution = np.linalg.solve(x.T @ x + l2 * np.eye(width), x.T @ y)
+        # X'Y without Y, which of many images and classes would be large: of each class the sum of
+        # its images, less that of all others.
+        sums = np.zeros((num_classes, width))
+        np.add.at(sums, labels, x)
+        solution = np.linalg.solve(x.T @ x + l2 * np.eye(width), (2 * sums - x.sum(axis=0)).T)
     else:
+        y = 2.0 * (labels[:, None] == np.arange(num_classes)) - 1.0
         solution = x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(images), y)
     weights = solution[:-1] / std[:, None]
     return weights, BIAS * solution[-1] - mean @ weights

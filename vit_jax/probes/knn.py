@@ -11,7 +11,7 @@ from vit_jax.probes.extraction import Features
 NEIGHBORS = 20
 TEMPERATURE = 0.07
 
-_SIMILARITIES = 2**26  # computed at once: 256 MiB
+_AT_ONCE = 2**26  # similarities, or votes, that are computed together: 256 MiB
 
 
 def knn_accuracy(
@@ -36,7 +36,7 @@ def knn_accuracy(
         _votes, num_classes=num_classes, neighbors=min(neighbors, len(train.labels)),
         temperature=temperature))
     known, labels = jnp.asarray(_unit(train.features)), jnp.asarray(train.labels)
-    size = max(1, min(len(test.labels), _SIMILARITIES // len(train.labels)))
+    size = max(1, min(len(test.labels), _AT_ONCE // max(len(train.labels), num_classes)))
     right = 0
     for start in range(0, len(test.labels), size):
         rows = _unit(test.features[start:start + size])
@@ -57,5 +57,6 @@ def _votes(features, known, labels, *, num_classes, neighbors, temperature):
     nearest, rows = jax.lax.top_k(similarities, neighbors)
     # Relative to the nearest, which leaves the order as it is and cannot overflow.
     weights = jnp.exp((nearest - nearest[:, :1]) / temperature)
-    votes = jnp.sum(jax.nn.one_hot(labels[rows], num_classes) * weights[..., None], axis=1)
+    votes = jnp.zeros((len(features), num_classes))
+    votes = votes.at[jnp.arange(len(features))[:, None], labels[rows]].add(weights)
     return jnp.argmax(votes, axis=1)

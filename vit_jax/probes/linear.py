@@ -44,7 +44,8 @@ def linear_probe(train: Features, test: Features, num_classes: int) -> LinearPro
 
     def score(l2, rows, features, truth):
         weights, bias = logistic_regression(x[rows], labels[rows], num_classes, l2)
-        return float(np.mean(np.argmax(features @ weights + bias, axis=1) == truth))
+        logits = jnp.matmul(features, weights, precision="highest") + bias
+        return float(np.mean(np.argmax(logits, axis=1) == truth))
 
     # The first of equals is the most regularised.
     best = max(STRENGTHS, key=lambda l2: score(l2, fit, x[held_out], labels[held_out]))

@@ -121,19 +121,20 @@ def write_tables(workdir: Path, sweep: Sweep, runs: list[Run]) -> None:
 
 
 def _begun_otherwise(where, run) -> str | None:
-    """Why the run in this folder is not to be continued, if it began with another length: `main`
-    would do so, but its first steps had another schedule than the table would say."""
+    """Why the run in this folder is not to be continued, if it began with another length or other
+    probes: `main` would do so, but its first steps had another schedule than the table would say,
+    and it does not repeat the probes of its last one."""
     if not workdir_lib.has_checkpoints(where) or not (where / "config.json").exists():
         return None
     try:
         changed = config_lib.differences(run.config, workdir_lib.read_config(where))
     except UserError as error:
         return str(error)
-    lengths = [changed[key] for key in ("total_steps", "epochs") if key in changed]
-    if not lengths:
-        return None
-    return (f"it began with another length ({', '.join(lengths)}); use the old value, or delete "
-            f"{where} to train it from the start")
+    for what, keys in (("another length", results.LENGTHS), ("other probes", results.PROBES)):
+        if lines := [changed[key] for key in keys if key in changed]:
+            return (f"it began with {what} ({', '.join(lines)}); use the old value, or delete "
+                    f"{where} to train it from the start")
+    return None
 
 
 def _run(argument, where, run, stopping, lock) -> str | None:
@@ -151,8 +152,8 @@ def _run(argument, where, run, stopping, lock) -> str | None:
         return None
     said = log_path.read_bytes()[begin:].decode(errors="replace").splitlines()
     lines = [line.strip() for line in said if line.strip()]
-    last = next((line for line in reversed(lines) if line.startswith("error:")),
-                lines[-1] if lines else "it said nothing")
+    errors = [i for i, line in enumerate(lines) if line.startswith("error:")]
+    last = " ".join(lines[errors[-1] if errors else -1:]) or "it said nothing"
     return f"killed by {signal.Signals(-code).name}; {last}" if code < 0 else last
 
 

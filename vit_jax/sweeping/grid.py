@@ -35,6 +35,16 @@ class Sweep:
     x: str = "columns"
     metric: str = "eval/accuracy"
 
+    def __post_init__(self):
+        """Raises UserError for another `x`, or cells of another form."""
+        if self.x not in ("columns", "flops"):
+            raise UserError(f"x={self.x!r} of the sweep must be 'columns' or 'flops'.")
+        for row, columns in self.cells.items():
+            cells = columns.values() if isinstance(columns, dict) else [columns]
+            if not all(isinstance(settings, dict) for settings in cells):
+                raise UserError(f"cells[{row!r}] of the sweep must hold a dict of config keys for "
+                                f"each of its columns, not {columns!r}.")
+
     @property
     def column_labels(self) -> list[str | float]:
         """Every column of any row; numbers ascending, names in the order in which they come."""
@@ -92,6 +102,8 @@ def _runs_of_seed(sweep, base, given, seed):
             if both := [key for key in settings if key in given]:
                 raise UserError(f"--config.{both[0]} is what this sweep varies ({label}: "
                                 f"{settings[both[0]]!r}); change it in the file.")
+            if "seed" in settings:
+                raise UserError(f"The run {label}: seed is what --seeds varies; leave it out.")
             settings = given | settings | {"seed": seed}
             config = base.copy_and_resolve_references()
             try:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import matplotlib
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from vit_jax import atomic
 from vit_jax import config as config_lib
 from vit_jax.config_keys import RESUMABLE
 from vit_jax.errors import UserError
@@ -20,10 +20,12 @@ from vit_jax.sweeping.grid import Run, Sweep, folder
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.state import model_from_json
-from vit_jax.training.workdir import write_atomically
 
 RESULT = "result.json"
-_MAY_DIFFER = set(RESUMABLE) - {"total_steps", "epochs"}
+# Keys that a run may be resumed with, but with which it is not the run of the table any more.
+LENGTHS = ("total_steps", "epochs")
+PROBES = ("probes.every", "probes.names", "probes.shots", "probes.source")
+_MAY_DIFFER = set(RESUMABLE) - {*LENGTHS, *PROBES}
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100,
           "font.size": 9, "font.family": "DejaVu Sans"}  # a font that comes with matplotlib
 
@@ -43,7 +45,7 @@ def record(workdir: Path, run: Run) -> None:
             metrics |= entry
     result = {"config": config_lib.to_json(run.config), "train_images": meta["train_images"],
               "parameters": summary.parameters, "flops": summary.flops, **metrics}
-    write_atomically(where / RESULT, json.dumps(result, indent=2) + "\n")
+    atomic.write_text(where / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def read(workdir: Path, run: Run) -> dict[str, Any] | None:
@@ -65,7 +67,8 @@ def read(workdir: Path, run: Run) -> dict[str, Any] | None:
 
 
 def write(workdir: Path, sweep: Sweep, runs: list[Run]) -> None:
-    """Writes `results.md`, `results.csv` and, if anything is finished, `results.png`."""
+    """Writes `results.md`, `results.csv` and, if anything is finished, `results.png`; an earlier
+    figure does not stay beside a table without numbers."""
     results = {run.name: read(workdir, run) for run in runs}
     cells: dict[tuple, list] = {}  # (row, column) -> (metric in %, FLOPs) of every seed
     for run in runs:
@@ -73,13 +76,13 @@ def write(workdir: Path, sweep: Sweep, runs: list[Run]) -> None:
         if result and sweep.metric in result:
             for cell in run.cells:
                 cells.setdefault(cell, []).append((100 * result[sweep.metric], result["flops"]))
-    write_atomically(workdir / "results.csv", _csv(sweep, runs, results))
+    atomic.write_text(workdir / "results.csv", _csv(sweep, runs, results))
     if cells:
-        temporary = workdir / f".results.{os.getpid()}.png"
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(_STYLE), atomic.replacing(workdir / "results.png") as temporary:
             _figure(sweep, cells).savefig(temporary)
-        temporary.replace(workdir / "results.png")
-    write_atomically(workdir / "results.md", _markdown(sweep, runs, results, cells))
+    else:
+        (workdir / "results.png").unlink(missing_ok=True)
+    atomic.write_text(workdir / "results.md", _markdown(sweep, runs, results, cells))
 
 
 def _markdown(sweep, runs, results, cells):
@@ -134,7 +137,8 @@ def _csv(sweep, runs, results):
 
 def _figure(sweep, cells) -> Figure:
     labels = sweep.column_labels
-    numbers = sweep.x == "flops" or all(isinstance(label, (int, float)) for label in labels)
+    numbers = sweep.x == "flops" or all(  # that have a place on a logarithmic axis
+        isinstance(label, (int, float)) and label > 0 and label is not True for label in labels)
     figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     axes = figure.subplots()
     rows = list(sweep.cells)
@@ -155,7 +159,7 @@ def _figure(sweep, cells) -> Figure:
                           linestyle="-" if numbers else "none")
     xlabel = sweep.columns
     if not numbers:
-        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels)), map(str, labels))
         axes.set_xlim(-0.5, len(labels) - 0.5)
     elif sweep.x == "columns":
         axes.set_xscale("log")

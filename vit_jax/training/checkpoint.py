@@ -60,8 +60,12 @@ class Checkpoints:
             cleanup_tmp_directories=writable,  # what a killed save left behind
         )
         _check_metrics(directory)
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(), handler_registry=handlers, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory.absolute(), handler_registry=handlers, options=options)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be opened: {error.strerror or error}; check its "
+                            "permissions.") from error
 
     @property
     def last_step(self) -> int | None:

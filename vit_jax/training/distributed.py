@@ -59,7 +59,10 @@ def start(
             initialization_timeout=_CONNECT_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError, KeyError) as error:
+    except KeyError as error:  # a variable that JAX expects of the cluster
+        raise UserError(f"--cluster={cluster}: the environment variable {error} is missing; start "
+                        "the processes with the cluster's own command, as launch/ does.") from error
+    except (RuntimeError, ValueError) as error:
         where = arguments.get("coordinator_address") or f"the cluster ({cluster})"
         raise UserError(
             f"This process could not join its run through {where}: {first_line(error)}. Check that "
@@ -77,6 +80,11 @@ def _arguments(cluster, coordinator, num_processes, process_id) -> dict[str, Any
         "--process_id": _integer("JAX_PROCESS_ID", process_id),
     }
     if cluster == "none":
+        if given_here := [flag for flag, value in (
+                ("--coordinator", coordinator), ("--num_processes", num_processes),
+                ("--process_id", process_id)) if value is not None]:
+            raise UserError(f"{given_here[0]} has no effect with --cluster=none, a run of a single "
+                            "process; leave one of them out.")
         return None
     local = {}
     if given["--coordinator"] and "OMPI_COMM_WORLD_SIZE" in os.environ:

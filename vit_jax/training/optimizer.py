@@ -31,7 +31,9 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
         with_cooldown = f" with cooldown_steps={cooldown}" if cooldown else ""
         raise UserError(
             f"config.schedule.warmup_steps={warmup}{with_cooldown} leaves no step of "
-            f"the {total_steps} for the rest of the schedule; use fewer."
+            f"the {total_steps} for the rest of the schedule; lower "
+            + ("both." if cooldown else f"it, as with --config.schedule.warmup_steps="
+               f"{total_steps // 10}.")
         )
     if schedule.name in ("cosine", "linear") and schedule.end_value > peak:
         raise UserError(

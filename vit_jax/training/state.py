@@ -16,7 +16,7 @@ from vit_jax.models.masked import corrupted_count, masked_patch_model
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.scan import stack_blocks
 from vit_jax.models.shapes import params_shapes
-from vit_jax.models.variants import create_model
+from vit_jax.models.variants import create_model, model_options
 from vit_jax.models.vit import VisionTransformer
 
 # Fields of a checkpoint's model that must agree with the run's, and fields that the run inherits
@@ -59,10 +59,16 @@ def build_model(
     """
     start = start or {}
     overrides = {key: start[key] for key in _TAKEN_OVER if key in start}
-    overrides |= {k: v for k, v in config.model.items() if k != "variant" and v is not None}
+    given = {k: v for k, v in config.model.items() if k != "variant" and v is not None}
     try:
+        options = model_options(config.model.variant) & set(config.model)
+        if foreign := [key for key in given if key not in options]:
+            raise ValueError(
+                f"{config.model.variant} has no option {foreign[0]!r}; set config.model."
+                f"{foreign[0]}=none. Its options are {', '.join(sorted(options))}.")
         model = create_model(
-            config.model.variant, num_classes=num_classes, dtype=config.dtype, **overrides)
+            config.model.variant, num_classes=num_classes, dtype=config.dtype,
+            **overrides | given)
         if config.task == "masked_patches":
             if not isinstance(model, VisionTransformer):
                 raise ValueError(f"{config.model.variant} has no patches to mask")

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from vit_jax import atomic
 from vit_jax import config as config_lib
 from vit_jax.config_keys import RESUMABLE
 from vit_jax.errors import UserError
@@ -52,11 +52,11 @@ def renew(workdir: Path, config: ml_collections.ConfigDict) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / "config.json",
-                         json.dumps(config_lib.to_json(config), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be written: {error.strerror}; choose "
                         "another --workdir.") from None
+    atomic.write_text(workdir / "config.json",
+                      json.dumps(config_lib.to_json(config), indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -131,10 +131,3 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
         raise UserError(f"{path} is not a config of ours: {error}.") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is either the old or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -5,6 +5,7 @@ import pytest
 from imagenet_archives import add, image, tar, write_tar
 
 from vit_jax.data.decode import BadImageError
+from vit_jax.data.preparing.forms import open_input
 from vit_jax.data.preparing.tars import Archive, members, open_class_tars
 from vit_jax.errors import UserError
 
@@ -36,6 +37,26 @@ def test_an_archive_of_archives(tmp_path):
     assert source.data_set == "fall11_whole" and source.class_names == ("n01", "n02")
     assert items(source) == {"fall11_whole.tar: n01_1.JPEG": (image(2), 0),
                              "fall11_whole.tar: n02_1.JPEG": (image(1), 1)}
+
+
+@pytest.mark.parametrize("other", ["n3.tar.gz", "n3.TAR", "n3.zip"])
+def test_classes_that_would_be_missing_are_named(tmp_path, other):
+    classes = {f"n{i}.tar": tar({f"{i}.JPEG": image(i)}) for i in (1, 2)}
+    for name, content in (classes | {other: b"packed"}).items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"holds {other} beside archives of classes.*decompress"):
+        open_input(str(tmp_path))
+    write_tar(tmp_path / "whole", classes | {other: b"packed"})
+    with pytest.raises(UserError, match=f"holds {other} beside archives"):
+        open_input(str(tmp_path / "whole"))
+
+
+def test_what_macos_adds_is_left_out(tmp_path):
+    classes = {f"n{i}.tar": tar({f"n/{i}.JPEG": image(i), f"n/._{i}.JPEG": b"attributes"})
+               for i in (1, 2)}
+    write_tar(tmp_path / "whole.tar", {"._n1.tar": b"attributes"} | classes)
+    source = open_input(str(tmp_path / "whole.tar"))
+    assert source.class_names == ("n1", "n2") and source.splits == {"train": 2}
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

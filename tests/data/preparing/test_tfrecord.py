@@ -81,7 +81,7 @@ def test_damaged_files(tmp_path):
 
 def test_what_is_not_a_labelled_tfrecord_data_set(tmp_path):
     folder = write_tfrecord(tmp_path / "a", file_format="array_record")
-    assert "already in array_record format; train on it with config.data.source=tfds:pets " in (
+    assert "already in array_record format; train on it with --config.data.source=tfds:pets " in (
         refusal(folder))
     folder = write_tfrecord(tmp_path / "b", file_format="parquet")
     assert "already in parquet format; only tfrecord can be converted" in refusal(folder)

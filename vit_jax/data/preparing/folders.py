@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_jax.data.folder import Folder, FolderSplit, list_images, subfolders
+from vit_jax.data.folder import EVAL_SPLITS, Folder, FolderSplit, list_images, subfolders
 from vit_jax.data.preparing.inputs import Item, digest, make_example, write_features
 from vit_jax.errors import UserError
 
@@ -39,7 +39,8 @@ class FolderInput:
             if not re.fullmatch(r"[\w\-]+", name) or name == "all":
                 raise UserError(f"{self.where}: TFDS does not allow a split called {name!r}; "
                                 "rename the folder.")
-        renamed = {} if "validation" in opened else {"val": "validation"}  # as TFDS calls it
+        called = [name for name in EVAL_SPLITS if name in opened and name != "test"][:1]
+        renamed = {name: "validation" for name in called if "validation" not in opened}  # as TFDS
         self._splits = {renamed.get(name, name): split for name, split in opened.items()}
         self.class_names = next(iter(self._splits.values())).class_names
         self.splits = {name: len(split) for name, split in self._splits.items()}
@@ -47,7 +48,7 @@ class FolderInput:
     def _open(self, folder: Folder) -> tuple[dict[str, FolderSplit], list[str]]:
         """Splits, and the names of folders that are none, which training does not open."""
         names = folder.split_names()
-        needed = ("train", "val" if "val" in names else "test")  # by `Folder.default_eval_split`
+        needed = ("train", *[name for name in EVAL_SPLITS if name in names][:1])
         splits, others = {}, []
         for name in names:
             try:

@@ -1,5 +1,6 @@
 """Which form of raw data a path holds."""
 
+import glob
 import os
 import tarfile
 
@@ -7,11 +8,9 @@ from vit_jax.data.folder import is_folder, is_visible
 from vit_jax.data.preparing import imagenet
 from vit_jax.data.preparing.folders import FolderInput
 from vit_jax.data.preparing.inputs import Input
-from vit_jax.data.preparing.tars import list_folder, open_archive, open_class_tars
+from vit_jax.data.preparing.tars import COMPRESSED, list_folder, open_archive, open_class_tars
 from vit_jax.data.preparing.tfrecord import TfrecordInput
 from vit_jax.errors import UserError
-
-_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zip")
 
 
 def open_input(path: str) -> Input:
@@ -28,15 +27,11 @@ def open_input(path: str) -> Input:
         entries = [entry.name for entry in listed]
         if "dataset_info.json" in entries:
             return TfrecordInput(path)
-        versions = [entry for entry in entries
-                    if os.path.exists(os.path.join(path, entry, "dataset_info.json"))]
-        if versions:
-            raise UserError(f"--from={path} holds prepared data sets; give one of "
-                            f"{', '.join(os.path.join(path, entry) for entry in versions)}.")
+        _refuse_prepared(path, "*")
         if imagenet.TRAIN in entries or imagenet.VALIDATION in entries:
             return imagenet.open_imagenet(path)
         archives = [entry.name for entry in listed
-                    if entry.name.endswith((".tar", *_COMPRESSED)) and is_visible(entry.name)
+                    if entry.name.lower().endswith((".tar", *COMPRESSED)) and is_visible(entry.name)
                     and not is_folder(entry)]
         # Next to folders, archives were unpacked or are copies: train.tar is not a class then.
         if not archives or any(is_visible(entry.name) and is_folder(entry) for entry in listed):
@@ -44,7 +39,7 @@ def open_input(path: str) -> Input:
         if any(archive.endswith(".tar") for archive in archives):
             return open_class_tars(path)
         path = os.path.join(path, archives[0])
-    if path.endswith(_COMPRESSED):
+    if path.endswith(COMPRESSED):
         raise UserError(f"{path} is compressed, so it cannot be read in place; unpack it and give "
                         "the folder.")
     if os.path.isfile(path):
@@ -54,10 +49,18 @@ def open_input(path: str) -> Input:
     raise UserError(f"--from={path} is neither a folder nor a tar file.")
 
 
+def _refuse_prepared(path: str, *below: str) -> None:
+    found = glob.glob(os.path.join(glob.escape(path), *below, "dataset_info.json"))
+    if found:
+        raise UserError(f"--from={path} holds prepared data sets; give one of "
+                        f"{', '.join(sorted(map(os.path.dirname, found)))}.")
+
+
 def _open_folder(path: str, archives: list[str]) -> FolderInput:
     try:
         return FolderInput(path, archives)
     except UserError as error:
+        _refuse_prepared(path, "*", "*")
         tars = [archive for archive in archives if archive.endswith(".tar")]
         if not tars:
             raise

@@ -14,9 +14,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from vit_jax.data.decode import BadImageError
-from vit_jax.data.folder import EXTENSIONS
+from vit_jax.data.folder import EXTENSIONS, is_visible
 from vit_jax.data.preparing.inputs import Item, digest, make_example, write_features
 from vit_jax.errors import UserError
+
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zip")  # endings of what cannot be read in place
 
 _BLOCK = 512  # POSIX.1-1988 (ustar): headers fill one block, and data are filled up to whole ones
 _REGULAR, _LINKS = b"0\0", b"12"
@@ -106,14 +108,18 @@ def open_class_tars(path: str) -> TarInput:
 def class_archives(path: str) -> list[Archive]:
     """The archives `CLASS.tar` in a folder or an archive, sorted by class."""
     if os.path.isdir(path):
-        found = [Archive(entry.path, name=entry.name) for entry in list_folder(path)
-                 if entry.name.endswith(".tar") and not entry.name.startswith(".")]
+        found = [Archive(entry.path, name=entry.name) for entry in list_folder(path)]
     else:
         with open_archive(path) as file:
-            found = [
-                Archive(path, start, start + size, os.path.basename(os.fsdecode(name)))
-                for name, _, start, size in members(file, Archive(path)) if name.endswith(b".tar")
-            ]
+            found = [Archive(path, start, start + size, os.path.basename(os.fsdecode(name)))
+                     for name, _, start, size in members(file, Archive(path))]
+    found = [archive for archive in found if is_visible(archive.name)]
+    for archive in found:
+        if archive.name.lower().endswith((".tar", *COMPRESSED)) and archive.name[-4:] != ".tar":
+            raise UserError(f"{path} holds {archive.name} beside archives of classes, which are "
+                            "read if their names end in .tar; decompress or rename it, or move it "
+                            "away.")
+    found = [archive for archive in found if archive.name.endswith(".tar")]
     found = [archive._replace(name=archive.name.removesuffix(".tar")) for archive in found]
     return sorted(found, key=lambda archive: archive.name)
 
@@ -123,7 +129,8 @@ def list_classes(archives: list[Archive]) -> Members:
     def list_one(archive):
         with open_archive(archive.path) as file:
             offsets = [offset for name, offset, _, _ in members(file, archive)
-                       if name.lower().endswith(_EXTENSIONS)]
+                       if name.lower().endswith(_EXTENSIONS)
+                       and is_visible(os.path.basename(os.fsdecode(name)))]
         if not offsets:
             raise UserError(f"class {archive.name!r} is empty: there is no {', '.join(EXTENSIONS)} "
                             f"file in {archive.path}; remove the archive or get it again.")

@@ -43,8 +43,8 @@ class TfrecordInput:
             raise UserError(f"{folder} cannot be opened by TFDS ({error}); copy it again."
                             ) from error
         if (form := self._info.get("fileFormat") or "tfrecord") != "tfrecord":
-            advice = (f"train on it with config.data.source=tfds:{self._info['name']} "
-                      f"config.data.dir={folder}" if form == "array_record" else
+            advice = (f"train on it with --config.data.source=tfds:{self._info['name']} "
+                      f"--config.data.dir={folder}" if form == "array_record" else
                       "only tfrecord can be converted; prepare the original data")
             raise UserError(f"{folder} is already in {form} format; {advice}.")
         self.class_names = class_names(self._features, folder)
