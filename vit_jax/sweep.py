@@ -12,7 +12,8 @@ from vit_jax import cli
 from vit_jax.checkpoints.names import is_name
 from vit_jax.errors import UserError
 from vit_jax.sweeping.execution import Stopping, run_all, write_tables
-from vit_jax.sweeping.grid import load
+from vit_jax.sweeping.grid import Run, folder, load
+from vit_jax.training.workdir import has_checkpoints
 
 
 def main(arguments: list[str]) -> None:
@@ -43,10 +44,8 @@ def main(arguments: list[str]) -> None:
     part, parts = cli.parse_shard(flags.shard)
     workdir = Path(os.path.abspath(os.path.expanduser(flags.workdir)))
     sweep, runs = load(flags.config, overrides, flags.seeds)
-    for run in runs:  # now, not when the runs before it have taken days
-        start = run.config.init
-        if start and not is_name(start) and not os.path.exists(os.path.expanduser(start)):
-            raise UserError(f"The run {run.name}: config.init={start} does not exist.")
+    if not flags.report:
+        _check_starts(workdir, runs)
     # The devices are for the runs: a GPU that this process had taken would be missing there.
     jax.config.update("jax_platforms", "cpu")
 
@@ -76,6 +75,16 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{len(failed)} of {len(runs[part::parts])} runs failed "
                         f"({', '.join(failed)}): see above, and log.txt in their folders. Run the "
                         "same command to retry them.")
+
+
+def _check_starts(workdir: Path, runs: list[Run]) -> None:
+    """Raises UserError if a run cannot begin for want of its config.init: now, not when the runs
+    before it have taken days."""
+    for run in runs:
+        start = run.config.init
+        if (start and not is_name(start) and not os.path.exists(os.path.expanduser(start))
+                and not has_checkpoints(folder(workdir, run))):
+            raise UserError(f"The run {run.name}: config.init={start} does not exist.")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def list_classes(archives: list[Archive]) -> Members:
         with open_archive(archive.path) as file:
             offsets = [offset for name, offset, _, _ in members(file, archive)
                        if name.lower().endswith(_EXTENSIONS)
-                       and is_visible(os.path.basename(os.fsdecode(name)))]
+                       and not name.rpartition(b"/")[2].startswith(b".")]  # macOS adds ._NAME
         if not offsets:
             raise UserError(f"class {archive.name!r} is empty: there is no {', '.join(EXTENSIONS)} "
                             f"file in {archive.path}; remove the archive or get it again.")
