@@ -2,8 +2,8 @@
 
     python -m vit_jax.main --config="configs/folder.py:/data/my photos" --workdir=runs/photos
 
-A tenth of the photos is held out for evaluation unless there is a val/ or test/ folder. Training
-from scratch wants thousands of photos per class.
+A tenth of the photos is held out for evaluation unless there is a val/, valid/, validation/ or
+test/ folder. Training from scratch wants thousands of photos per class.
 """
 
 from vit_jax.config import base_config

@@ -242,6 +242,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, capsys):
     (["--workdir=run"], "error: --config=FILE.py is missing; try configs/quickstart.py."),
     (["--workdir=", f"--config={TINY}"], "error: --workdir= is empty"),
     (["--workdir", "", f"--config={TINY}"], "error: --workdir= is empty"),
+    (["--ema", "", f"--config={TINY}"], "error: unknown argument ''"),
     (["--workdir=run", "--config=missing.py"], "error: There is no config file 'missing.py'"),
     (["--workdir=run", f"--config={TINY}", "--config.lr=1"], "error: Unknown config key 'lr'"),
     (["--workdir=run", f"--config={TINY}", "--config.optimizer.lr=1"],

@@ -23,7 +23,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # mostly since it has taken its place
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

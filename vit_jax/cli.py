@@ -103,19 +103,20 @@ class ArgumentParser(argparse.ArgumentParser):
         """Parses all arguments; an unknown one is an error that names the nearest flag, and so is
         the address of a bucket."""
         options = {flag: action for action in self._actions for flag in action.option_strings}
-        names = [argument.split("=")[0] for argument in arguments]
+        given = arguments[: arguments.index("--") if "--" in arguments else None]
         # Before argparse, which would rather say that the flag that was meant is missing.
-        for name in names[: names.index("--") if "--" in names else None]:
+        for name in (argument.split("=")[0] for argument in given):
             if name.startswith("--") and name not in options:
                 keys = [f"--config.{key}" for key in FIELDS] if "--config" in options else []
                 close = difflib.get_close_matches(name, [*options, *keys], n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 self.error(f"unknown argument {name!r}{hint}")
         # An unset variable, as in --workdir=$RUN; as a path it would be the working directory.
-        for argument, following in itertools.pairwise([*arguments, None]):
+        for argument, following in itertools.pairwise([*given, None]):
             flag, equals, value = argument.partition("=")
-            empty = (equals and not value) or (not equals and following == "")
-            if empty and flag in options and options[flag].default != "":
+            empty = not value if equals else following == ""
+            if empty and flag in options and options[flag].nargs != 0 and (
+                    options[flag].default != ""):
                 self.error(f"{flag}= is empty")
         known, unknown = self.parse_known_args(arguments)
         if unknown:

@@ -9,8 +9,10 @@ from signal import SIGTERM
 import jax
 
 from vit_jax import cli
+from vit_jax.buckets import refuse_bucket
 from vit_jax.checkpoints.names import is_name
 from vit_jax.errors import UserError
+from vit_jax.sweeping import results
 from vit_jax.sweeping.execution import Stopping, run_all, write_tables
 from vit_jax.sweeping.grid import Run, folder, load
 from vit_jax.training.workdir import has_checkpoints
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> None:
     workdir = Path(os.path.abspath(os.path.expanduser(flags.workdir)))
     sweep, runs = load(flags.config, overrides, flags.seeds)
     if not flags.report:
-        _check_starts(workdir, runs)
+        _check_starts(workdir, runs[part::parts])
     # The devices are for the runs: a GPU that this process had taken would be missing there.
     jax.config.update("jax_platforms", "cpu")
 
@@ -82,8 +84,10 @@ def _check_starts(workdir: Path, runs: list[Run]) -> None:
     before it have taken days."""
     for run in runs:
         start = run.config.init
-        if (start and not is_name(start) and not os.path.exists(os.path.expanduser(start))
-                and not has_checkpoints(folder(workdir, run))):
+        if not start or has_checkpoints(folder(workdir, run)) or results.read(workdir, run):
+            continue
+        refuse_bucket("config.init", start)
+        if not is_name(start) and not os.path.exists(os.path.expanduser(start)):
             raise UserError(f"The run {run.name}: config.init={start} does not exist.")
 
 

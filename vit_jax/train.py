@@ -94,7 +94,7 @@ class _Run:
 
 
 def _prepare(config, workdir):
-    """(_Run, (parameters, report) of config.init for a new run, otherwise None)."""
+    """(_Run, start): (parameters, report) of config.init for a new run that has one, else None."""
     size = config_lib.image_size(config)
     train_source, eval_source = open_splits(
         config.data.source, dir=config.data.dir, train_split=config.data.train_split,
@@ -180,7 +180,7 @@ def _notes(run, meta, changes):
 
 
 def _first_state(run, start, meta, checkpoints):
-    """Of the last checkpoint; else a new one, with the parameters of `start` if there are some."""
+    """The state of the last checkpoint, or a new one, with the parameters of `start` if given."""
     step, program = checkpoints.last_step or 0, run.program
     distributed.check_agreement({
         "config": config_lib.to_json(run.config), "last checkpoint": step,

@@ -259,9 +259,12 @@ def test_split_folder_of_another_name_is_not_passed_over(tmp_path):
     fill(tmp_path / "train", cat=30, dog=40)
     fill(tmp_path / "dev", cat=3, dog=4)
     message = refusal(tmp_path)
-    assert "neither a folder 'val' nor a folder 'test' beside 'dev', 'train'" in message
+    assert "no folder 'val', 'valid', 'validation', 'test' beside 'dev', 'train'" in message
     assert len(both(tmp_path, eval_split="dev")[1]) == 7
     for split, images in (("test", 2), ("validation", 3), ("valid", 4), ("val", 5)):
+        if split == "valid":  # without classes it is something else
+            put(tmp_path / split / "0.jpg")
+            assert both(tmp_path)[1].split == "validation"
         fill(tmp_path / split, cat=images)  # each before those that came earlier
         assert both(tmp_path)[1].split == split and len(both(tmp_path)[1]) == images
     fill(tmp_path / "validation", eel=1)
@@ -278,6 +281,9 @@ def test_split_folders_are_not_taken_for_classes(tmp_path):
     assert "'Training', 'Validation' look like splits" in refusal(tmp_path)
     fill(tmp_path / "classes", Test=5, Train=5, Walk=5)
     assert both(tmp_path / "classes")[0].class_names == ("Test", "Train", "Walk")
+    fill(tmp_path / "nested" / "test", blood=5, dna=5)
+    fill(tmp_path / "nested", exam=5)
+    assert both(tmp_path / "nested")[0].class_names == ("exam", "test")
 
 
 def test_images_in_other_formats_are_named(tmp_path, caplog):

@@ -130,7 +130,8 @@ def test_only_results_of_this_config_count(make, tmp_path):
     run = make(NAMED, ACCURACIES)[0]
     for key, value, counts in (
             ("optimizer.learning_rate", 0.2, False), ("total_steps", 12, False),
-            ("probes.shots", (5,), False), ("data.workers", 2, True), ("eval_every", 1, True)):
+            ("probes.every", 3, False), ("probes.shots", (5,), True),  # there are no probes
+            ("data.workers", 2, True), ("eval_every", 1, True)):
         config = run.config.copy_and_resolve_references().unlock()
         config_lib.set_value(config, key, value)
         found = results.read(tmp_path, Run(run.name, run.cells, 0, {}, config))

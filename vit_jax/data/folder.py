@@ -1,7 +1,8 @@
 """`folder:PATH`: one subfolder of images per class.
 
     PATH/cat/*.jpg  PATH/dog/*.jpg                     split 90/10, the same way every time
-    PATH/train/cat/*.jpg ... PATH/val/cat/*.jpg ...    split by the user: train, val, test
+    PATH/train/cat/*.jpg ... PATH/val/cat/*.jpg ...    split by the user: train, and one of
+                                                       EVAL_SPLITS
 """
 
 import hashlib
@@ -52,12 +53,20 @@ class Folder:
         self._splits_by_itself = not self._has_splits or self._folders == ["train"]
         self._parts = None
 
-    def default_eval_split(self) -> str:
+    def eval_split(self) -> str | None:
+        """The split to evaluate on, if one can be told by its name."""
         for split in EVAL_SPLITS:
-            if split in self.split_names():
+            if split in self.split_names() and (
+                    split in _SPLITS or subfolders(self._join(split))):
                 return split
+        return None
+
+    def default_eval_split(self) -> str:
+        """The same; UserError if there is none."""
+        if split := self.eval_split():
+            return split
         raise UserError(
-            f"{self._where} has neither a folder 'val' nor a folder 'test' beside "
+            f"{self._where} has no folder {', '.join(map(repr, EVAL_SPLITS))} beside "
             f"{', '.join(map(repr, self._folders))}; add one, name the evaluation split with "
             f"config.data.eval_split, or use folder:{self._join('train')} to have a tenth held out."
         )
@@ -86,8 +95,9 @@ class Folder:
         if not self._has_splits:
             names, root = self._folders, self._path
             splits = [name for name in names if name.lower() in _LOOKS_LIKE_A_SPLIT]
-            # A class of such a name holds images, not folders.
-            if splits and (splits == names or any(map(subfolders, map(self._join, splits)))):
+            # A class may be called so too, but hardly two, with folders inside.
+            if splits and (splits == names or len(splits) > 1 and any(
+                    map(subfolders, map(self._join, splits)))):
                 raise UserError(
                     f"{self._where}: the folders {', '.join(map(repr, splits))} look like splits, "
                     "not like classes; call them 'train', 'val' and 'test'."

@@ -28,7 +28,8 @@ def open_splits(
       dir: where TFDS data sets are; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets. The other
         sources have no use for it.
       train_split: None: 'train'. For TFDS also slices, such as 'train[:98%]'.
-      eval_split: None: 'validation' else 'test' (TFDS), 'val' else 'test' (folder), 'test'.
+      eval_split: None: 'validation' else 'test' (TFDS), the first of
+        `folder.EVAL_SPLITS` (folder), 'test'.
       image_size: (height, width) of the images that `synthetic` makes.
 
     Raises:

@@ -122,12 +122,12 @@ def write_tables(workdir: Path, sweep: Sweep, runs: list[Run]) -> None:
 
 def _begun_otherwise(where, run) -> str | None:
     """Why the run in this folder is not to be continued, if it began with another length or other
-    probes: `main` would do so, but its first steps had another schedule than the table would say,
-    and it does not repeat the probes of its last one."""
+    probes: `main` would do so, but the table would then say more than is true of its first steps'
+    schedule, or of what the probes of its last step were."""
     if not workdir_lib.has_checkpoints(where) or not (where / "config.json").exists():
         return None
     try:
-        changed = config_lib.differences(run.config, workdir_lib.read_config(where))
+        changed = results.differences(run.config, workdir_lib.read_config(where))
     except UserError as error:
         return str(error)
     for what, keys in (("another length", results.LENGTHS), ("other probes", results.PROBES)):

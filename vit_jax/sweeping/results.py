@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import ml_collections
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
@@ -48,6 +49,15 @@ def record(workdir: Path, run: Run) -> None:
     atomic.write_text(where / RESULT, json.dumps(result, indent=2) + "\n")
 
 
+def differences(
+    ours: ml_collections.ConfigDict, theirs: ml_collections.ConfigDict
+) -> dict[str, str]:
+    """`config.differences`, without those of probes where neither has any."""
+    changed = config_lib.differences(ours, theirs)
+    probed = ours.probes.every or theirs.probes.every
+    return {key: line for key, line in changed.items() if probed or key not in PROBES}
+
+
 def read(workdir: Path, run: Run) -> dict[str, Any] | None:
     """The result of a run that has finished with this config; None if there is none.
 
@@ -57,7 +67,7 @@ def read(workdir: Path, run: Run) -> dict[str, Any] | None:
     path = folder(workdir, run) / RESULT
     try:
         result = json.loads(path.read_text())
-        changed = config_lib.differences(run.config, config_lib.from_json(result["config"]))
+        changed = differences(run.config, config_lib.from_json(result["config"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:

@@ -39,16 +39,19 @@ def test_an_archive_of_archives(tmp_path):
                              "fall11_whole.tar: n02_1.JPEG": (image(1), 1)}
 
 
-@pytest.mark.parametrize("other", ["n3.tar.gz", "n3.TAR", "n3.zip"])
+@pytest.mark.parametrize("other", ["n3.tar.gz", "n3.TGZ", "n3.zip"])
 def test_classes_that_would_be_missing_are_named(tmp_path, other):
     classes = {f"n{i}.tar": tar({f"{i}.JPEG": image(i)}) for i in (1, 2)}
     for name, content in (classes | {other: b"packed"}).items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"holds {other} beside archives of classes.*decompress"):
+    with pytest.raises(UserError, match=f"holds {other} beside the archives of other.*decompress"):
         open_input(str(tmp_path))
     write_tar(tmp_path / "whole", classes | {other: b"packed"})
-    with pytest.raises(UserError, match=f"holds {other} beside archives"):
+    with pytest.raises(UserError, match=f"holds {other} beside the archives"):
         open_input(str(tmp_path / "whole"))
+    (tmp_path / other).rename(tmp_path / "labels.txt.gz")  # which is no class
+    (tmp_path / "n2.tar").rename(tmp_path / "n2.TAR")
+    assert open_input(str(tmp_path)).class_names == ("n1", "n2")
 
 
 def test_what_macos_adds_is_left_out(tmp_path):

@@ -48,7 +48,7 @@ class FolderInput:
     def _open(self, folder: Folder) -> tuple[dict[str, FolderSplit], list[str]]:
         """Splits, and the names of folders that are none, which training does not open."""
         names = folder.split_names()
-        needed = ("train", *[name for name in EVAL_SPLITS if name in names][:1])
+        needed = ("train", folder.eval_split())
         splits, others = {}, []
         for name in names:
             try:

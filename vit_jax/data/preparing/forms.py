@@ -36,10 +36,10 @@ def open_input(path: str) -> Input:
         # Next to folders, archives were unpacked or are copies: train.tar is not a class then.
         if not archives or any(is_visible(entry.name) and is_folder(entry) for entry in listed):
             return _open_folder(path, archives)
-        if any(archive.endswith(".tar") for archive in archives):
+        if any(archive.lower().endswith(".tar") for archive in archives):
             return open_class_tars(path)
         path = os.path.join(path, archives[0])
-    if path.endswith(COMPRESSED):
+    if path.lower().endswith(COMPRESSED):
         raise UserError(f"{path} is compressed, so it cannot be read in place; unpack it and give "
                         "the folder.")
     if os.path.isfile(path):

@@ -5,6 +5,7 @@ Members are found from their headers alone and read by seeking, so nothing is un
 
 import concurrent.futures
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from vit_jax.data.preparing.inputs import Item, digest, make_example, write_feat
 from vit_jax.errors import UserError
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zip")  # endings of what cannot be read in place
+_PACKED = re.compile(r"\.(tar\.\w+|tgz|zip)$")
 
 _BLOCK = 512  # POSIX.1-1988 (ustar): headers fill one block, and data are filled up to whole ones
 _REGULAR, _LINKS = b"0\0", b"12"
@@ -114,13 +116,12 @@ def class_archives(path: str) -> list[Archive]:
             found = [Archive(path, start, start + size, os.path.basename(os.fsdecode(name)))
                      for name, _, start, size in members(file, Archive(path))]
     found = [archive for archive in found if is_visible(archive.name)]
-    for archive in found:
-        if archive.name.lower().endswith((".tar", *COMPRESSED)) and archive.name[-4:] != ".tar":
-            raise UserError(f"{path} holds {archive.name} beside archives of classes, which are "
-                            "read if their names end in .tar; decompress or rename it, or move it "
-                            "away.")
-    found = [archive for archive in found if archive.name.endswith(".tar")]
-    found = [archive._replace(name=archive.name.removesuffix(".tar")) for archive in found]
+    packed = [archive.name for archive in found if _PACKED.search(archive.name.lower())]
+    found = [archive._replace(name=archive.name[:-4]) for archive in found
+             if archive.name.lower().endswith(".tar")]
+    if found and packed:
+        raise UserError(f"{path} holds {packed[0]} beside the archives of other classes; "
+                        "decompress it, or leave it out.")
     return sorted(found, key=lambda archive: archive.name)
 
 
