@@ -100,8 +100,8 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
-        """Parses all arguments; an unknown one is an error that names the nearest flag, and so is
-        the address of a bucket."""
+        """Parses all arguments. An unknown one is an error that names the nearest flag; so are an
+        empty value, but of flags that are empty by default, and the address of a bucket."""
         options = {flag: action for action in self._actions for flag in action.option_strings}
         given = arguments[: arguments.index("--") if "--" in arguments else None]
         # Before argparse, which would rather say that the flag that was meant is missing.

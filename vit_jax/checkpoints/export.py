@@ -201,7 +201,7 @@ def export_model(
         warnings=_warnings(target, model, params, loaded.metadata, class_names),
         model=model_to_json(model), preprocessing=preprocessing,
         class_names=class_names, loss=loaded.metadata.get("loss"),
-        load=str(loaded.report).splitlines(), verification=Verification(reason="--noverify"))
+        load=str(loaded.report).splitlines(), verification=Verification(reason="not asked for"))
     with output.temporary(out) as temporary:
         if target == "npz":
             with temporary.open("wb") as file:  # np.savez would append .npz to a name

@@ -55,7 +55,7 @@ class Folder:
 
     def eval_split(self) -> str | None:
         """The split to evaluate on, if one can be told by its name."""
-        for split in EVAL_SPLITS:
+        for split in EVAL_SPLITS:  # of other names than ours it may also be something else
             if split in self.split_names() and (
                     split in _SPLITS or subfolders(self._join(split))):
                 return split
@@ -66,7 +66,7 @@ class Folder:
         if split := self.eval_split():
             return split
         raise UserError(
-            f"{self._where} has no folder {', '.join(map(repr, EVAL_SPLITS))} beside "
+            f"{self._where} has no folder of classes {', '.join(map(repr, EVAL_SPLITS))} beside "
             f"{', '.join(map(repr, self._folders))}; add one, name the evaluation split with "
             f"config.data.eval_split, or use folder:{self._join('train')} to have a tenth held out."
         )

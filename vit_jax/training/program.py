@@ -24,7 +24,7 @@ class Program:
 
     Attributes:
       config: of the run.
-      mesh: the devices, or their kind, if nothing is to run.
+      mesh: the devices, which need not be there to compile for them.
       model: as it is trained, see `state.group_blocks`.
       optimizer, schedule: for all steps of the run.
       shapes: of the train state, as `jax.ShapeDtypeStruct`.

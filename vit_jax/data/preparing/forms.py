@@ -8,9 +8,11 @@ from vit_jax.data.folder import is_folder, is_visible
 from vit_jax.data.preparing import imagenet
 from vit_jax.data.preparing.folders import FolderInput
 from vit_jax.data.preparing.inputs import Input
-from vit_jax.data.preparing.tars import COMPRESSED, list_folder, open_archive, open_class_tars
+from vit_jax.data.preparing.tars import list_folder, open_archive, open_class_tars
 from vit_jax.data.preparing.tfrecord import TfrecordInput
 from vit_jax.errors import UserError
+
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zip")
 
 
 def open_input(path: str) -> Input:
@@ -31,7 +33,7 @@ def open_input(path: str) -> Input:
         if imagenet.TRAIN in entries or imagenet.VALIDATION in entries:
             return imagenet.open_imagenet(path)
         archives = [entry.name for entry in listed
-                    if entry.name.lower().endswith((".tar", *COMPRESSED)) and is_visible(entry.name)
+                    if entry.name.lower().endswith((".tar", *_COMPRESSED)) and is_visible(entry.name)
                     and not is_folder(entry)]
         # Next to folders, archives were unpacked or are copies: train.tar is not a class then.
         if not archives or any(is_visible(entry.name) and is_folder(entry) for entry in listed):
@@ -39,7 +41,7 @@ def open_input(path: str) -> Input:
         if any(archive.lower().endswith(".tar") for archive in archives):
             return open_class_tars(path)
         path = os.path.join(path, archives[0])
-    if path.lower().endswith(COMPRESSED):
+    if path.lower().endswith(_COMPRESSED):
         raise UserError(f"{path} is compressed, so it cannot be read in place; unpack it and give "
                         "the folder.")
     if os.path.isfile(path):
@@ -61,7 +63,7 @@ def _open_folder(path: str, archives: list[str]) -> FolderInput:
         return FolderInput(path, archives)
     except UserError as error:
         _refuse_prepared(path, "*", "*")
-        tars = [archive for archive in archives if archive.endswith(".tar")]
+        tars = [archive for archive in archives if archive.lower().endswith(".tar")]
         if not tars:
             raise
         raise UserError(f"{error} Archives such as {tars[0]} are only read if there are no folders "

@@ -19,8 +19,7 @@ from vit_jax.data.folder import EXTENSIONS, is_visible
 from vit_jax.data.preparing.inputs import Item, digest, make_example, write_features
 from vit_jax.errors import UserError
 
-COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zip")  # endings of what cannot be read in place
-_PACKED = re.compile(r"\.(tar\.\w+|tgz|zip)$")
+_PACKED = re.compile(r"\.(tar\.\w+|tgz|zip)$")  # archives that cannot be read in place
 
 _BLOCK = 512  # POSIX.1-1988 (ustar): headers fill one block, and data are filled up to whole ones
 _REGULAR, _LINKS = b"0\0", b"12"
