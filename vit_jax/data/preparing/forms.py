@@ -33,8 +33,8 @@ def open_input(path: str) -> Input:
         if imagenet.TRAIN in entries or imagenet.VALIDATION in entries:
             return imagenet.open_imagenet(path)
         archives = [entry.name for entry in listed
-                    if entry.name.lower().endswith((".tar", *_COMPRESSED)) and is_visible(entry.name)
-                    and not is_folder(entry)]
+                    if entry.name.lower().endswith((".tar", *_COMPRESSED))
+                    and is_visible(entry.name) and not is_folder(entry)]
         # Next to folders, archives were unpacked or are copies: train.tar is not a class then.
         if not archives or any(is_visible(entry.name) and is_folder(entry) for entry in listed):
             return _open_folder(path, archives)
